@@ -126,7 +126,13 @@ def psnr(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
 def train_tokenizer(names: list[str], folder: Path) -> T5Tokenizer:
     """A unigram model over the captions and all printable ASCII, loaded through the real class."""
     corpus = [template.format(name) for name in names for template in TEMPLATES]
-    corpus += ["a photo of", "a drawing of", "high contrast ink drawing of", "black and white", "a portrait of a person"]
+    corpus += [
+        "a photo of",
+        "a drawing of",
+        "high contrast ink drawing of",
+        "black and white",
+        "a portrait of a person",
+    ]
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -186,7 +192,9 @@ def train_denoiser(
             for i in index.tolist()
         ]  # fmt: skip
         x = latents[index]
-        t = ((torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch * 1000).long()
+        t = (
+            (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch * 1000
+        ).long()
         noise = torch.randn(x.shape, generator=generator)
         a = alphas[t].view(-1, 1, 1, 1)
         tokens = tokenizer(captions, padding="longest", return_tensors="pt")

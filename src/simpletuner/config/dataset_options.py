@@ -165,7 +165,9 @@ def dataset_kind(entry: Any) -> str:
 
 
 Dataset = Annotated[
-    Annotated[ImageDataset, Tag("image")] | Annotated[EvalDataset, Tag("eval")] | Annotated[TextEmbeds, Tag("text_embeds")],
+    Annotated[ImageDataset, Tag("image")]
+    | Annotated[EvalDataset, Tag("eval")]
+    | Annotated[TextEmbeds, Tag("text_embeds")],
     Discriminator(dataset_kind),
 ]
 
@@ -200,7 +202,9 @@ KNOWN_DATASET_TYPES = (
     "video", "audio", "conditioning_image_embeds",
 )  # fmt: skip
 
-NO_EFFECT_KEYS = frozenset({"hash_filenames", "compress_cache", "preserve_data_backend_cache", "metadata_update_interval"})
+NO_EFFECT_KEYS = frozenset(
+    {"hash_filenames", "compress_cache", "preserve_data_backend_cache", "metadata_update_interval"}
+)
 """Written by people of other trainers; they cannot change anything here."""
 
 LATER_KEYS = frozenset(
