@@ -33,9 +33,9 @@ def test_epochs_of_a_stream_that_the_batch_does_not_divide() -> None:
     plan = EpochPlan([planned()], seed=1, batch_size=2)
     assert [plan.groups_in_epoch(e) for e in range(4)] == [3, 4, 3, 4]
     groups = list(islice(plan.walk(), 7))
-    assert [group.position for group in groups[:4]] == [(0, 0), (0, 1), (0, 2), (1, 0)]
-    assert groups[2].next_position == (1, 0)
-    assert Counter(entry.sample for group in groups for entry in group.entries) == {n: 2 for n in range(7)}
+    assert [group.position for group in groups[:4]] == [Position(0, 0), Position(0, 1), Position(0, 2), Position(1, 0)]
+    assert groups[2].next_position == Position(1, 0)
+    assert Counter(entry.sample for group in groups for entry in group.entries) == dict.fromkeys(range(7), 2)
 
 
 sets = st.lists(
@@ -114,8 +114,8 @@ def test_passes_differ_and_the_seed_matters() -> None:
 def test_order_survives_another_hash_seed() -> None:
     code = (
         "import numpy as np; from itertools import islice; from simpletuner.data.plan import *\n"
-        "sets = [PlannedSet(n, {(64, 64): np.arange(9, dtype=np.int32), (128, 64): np.arange(9, 12, dtype=np.int32)}, 1)"
-        " for n in 'ab']\n"
+        "sets = [PlannedSet(n, {(64, 64): np.arange(9, dtype=np.int32), (128, 64): np.arange(9, 12, dtype=np.int32)},"
+        " 1) for n in 'ab']\n"
         "print([(g.dataset_id, g.entries) for g in islice(EpochPlan(sets, seed=7, batch_size=2).walk(), 40)])"
     )
     outputs = {
@@ -142,4 +142,9 @@ def test_golden_order() -> None:
     assert [(group.dataset_id, group.bucket, group.entries) for group in groups] == GOLDEN
 
 
-GOLDEN: list[object] = []
+GOLDEN: list[object] = [
+    ("b", (1024, 1024), ((1, 0), (2, 0))),
+    ("a", (1280, 832), ((4, 0), (5, 0))),
+    ("a", (1024, 1024), ((1, 0), (0, 0))),
+    ("a", (1024, 1024), ((2, 0), (3, 0))),
+]

@@ -22,11 +22,15 @@ Members = NDArray[np.int32]
 """Sample numbers within a dataset."""
 
 
-class Position(NamedTuple):
+@dataclass(frozen=True, slots=True, order=True)
+class Position:
     """Where the plan goes on; all that a checkpoint keeps of it."""
 
     epoch: int = 0
     index: int = 0
+
+
+START = Position()
 
 
 class Entry(NamedTuple):
@@ -140,9 +144,9 @@ class EpochPlan:
             low, high = (middle, high) if self.groups_before(middle) <= num_groups else (low, middle)
         return Position(low, num_groups - self.groups_before(low))
 
-    def walk(self, position: Position = Position()) -> Iterator[Group]:
+    def walk(self, position: Position = START) -> Iterator[Group]:
         """The groups from `position` on, without end."""
-        epoch, index = position
+        epoch, index = position.epoch, position.index
         while True:
             yield from self._walk_epoch(epoch, index)
             epoch, index = epoch + 1, 0
