@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from pictures import image_set, manifest_of, paint
+from data_pictures import image_set, manifest_of, paint
 from PIL import Image, ImageFile
 
 from simpletuner.data.captions import choose_caption
