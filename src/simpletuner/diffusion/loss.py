@@ -1,4 +1,4 @@
-"""Distance between prediction and target, per element, with a width per sample for the Huber kinds. training.md §4.2."""
+"""Distance between prediction and target, per element; the Huber kinds have a width per sample. training.md §4.2."""
 
 from __future__ import annotations
 

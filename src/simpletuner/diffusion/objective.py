@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from simpletuner.config.training_options import LossOptions
@@ -30,6 +31,12 @@ class Noised:
     weight_B: Tensor
     level_B: Tensor
     ratio_B: Tensor
+
+    def to(self, device: torch.device) -> Noised:
+        """Copies that the host does not wait for; on the CPU the same object."""
+        if device.type == "cpu":
+            return self
+        return Noised(*(getattr(self, name).pin_memory().to(device, non_blocking=True) for name in self.__slots__))
 
 
 class Objective(Protocol):
@@ -107,7 +114,7 @@ class DiffusionObjective:
         return offsets * torch.tensor(chosen).view(-1, 1, 1, 1) * self._options.noise_offset
 
 
-def alphas_cumulative(scheduler: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def alphas_cumulative(scheduler: Mapping[str, Any]) -> NDArray[np.float64]:
     """ᾱ in fp64 from a diffusers scheduler configuration."""
     count = int(scheduler.get("num_train_timesteps", 1000))
     start, end = float(scheduler.get("beta_start", 1e-4)), float(scheduler.get("beta_end", 0.02))
@@ -121,12 +128,12 @@ def alphas_cumulative(scheduler: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[
             betas = np.minimum(1 - steps[1:] / steps[:-1], 0.999)
         case other:
             raise ValueError(f"unknown beta_schedule {other!r}")
-    return np.cumprod(1 - betas)
+    return np.cumprod(1 - betas, dtype=np.float64)
 
 
 def min_snr_weight(
-    alphas: np.ndarray[Any, np.dtype[np.float64]], gamma: float | None, prediction_type: PredictionType
-) -> np.ndarray[Any, np.dtype[np.float64]]:
+    alphas: NDArray[np.float64], gamma: float | None, prediction_type: PredictionType
+) -> NDArray[np.float64]:
     """Loss weight per timestep; ones without gamma."""
     if gamma is None:
         return np.ones_like(alphas)

@@ -1,4 +1,4 @@
-"""Which timesteps are trained on: weights over [0, T), drawn stratified over all samples of a step. training.md §4.2."""
+"""Which timesteps are trained on: weights over [0, T), stratified over the samples of a step. training.md §4.2."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class Family(Protocol):
         """The repository's scheduler configuration: betas, prediction type, number of timesteps."""
         ...
 
-    def collate_text(self, entries: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def collate_text(self, entries: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Cached embeddings of a batch → the tensors that `predict` takes."""
         ...
 

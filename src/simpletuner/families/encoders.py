@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
 
@@ -30,7 +30,7 @@ class AutoencoderLatents:
     def encode(self, pixels_BCHW: Tensor, keys: Sequence[str]) -> list[Tensor]:
         """uint8 pixels (B, 3, H, W) → latents (C, H/8, W/8) each, on the CPU, in the autoencoder's type."""
         pixels = pixels_BCHW.to(self._vae.device, non_blocking=True).to(self._vae.dtype) / 127.5 - 1
-        posterior = self._vae.encode(pixels).latent_dist
+        posterior = self._vae.encode(pixels, return_dict=False)[0]
         noise = torch.stack([_key_noise(key, posterior.mean.shape[1:]) for key in keys])
         sample = posterior.mean.float() + posterior.std.float() * noise.to(self._vae.device)
         latents = ((sample - self._shift) * self._scale).to(self._vae.dtype).cpu()

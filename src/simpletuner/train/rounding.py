@@ -15,12 +15,15 @@ def noise_bits(start: int, count: int, seed: int, step: int, device: torch.devic
     """Two int32 words per element from the counter (seed, step, element); an element is its place in the buffer."""
     word = torch.arange(start, start + count, dtype=torch.int32, device=device)
     word.add_(key_seed("rounding", seed, step) & 0x7FFFFFFF)
-    # The shifts are arithmetic: still a bijection, and two operations cheaper than logical ones.
-    word.bitwise_xor_(word >> 16).mul_(_FIRST)
-    word.bitwise_xor_(word >> 15).mul_(_SECOND)
-    word.bitwise_xor_(word >> 16)
-    more = word * _THIRD
-    return word, more.bitwise_xor_(more >> 15)
+    _fold(word, 16).mul_(_FIRST)
+    _fold(word, 15).mul_(_SECOND)
+    _fold(word, 16)
+    return word, _fold(word * _THIRD, 15)
+
+
+def _fold(word: Tensor, shift: int) -> Tensor:
+    """word ^= word >>> shift. torch shifts arithmetically: the mask takes the copies of the sign away."""
+    return word.bitwise_xor_((word >> shift).bitwise_and_((1 << (32 - shift)) - 1))
 
 
 def round_stochastically(value: Tensor, bits: tuple[Tensor, Tensor], index: int) -> Tensor:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import PixArtSigmaPipeline
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from PIL import Image
 from torch import Tensor, nn
@@ -98,8 +100,8 @@ class PixArtSigma:
     def scheduler_config(self) -> dict[str, Any]:
         return self._repository.config("scheduler")
 
-    def collate_text(self, entries: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Padded to the longest of the batch: `prompt_embeds` (B, L, D), `prompt_mask` (B, L) or none when all are equal."""
+    def collate_text(self, entries: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """`prompt_embeds` (B, L, D) padded to the longest of the batch; `prompt_mask` (B, L) unless all are equal."""
         rows = [entry["prompt_embeds"] for entry in entries]
         longest = max(len(row) for row in rows)
         if all(len(row) == longest for row in rows):
@@ -160,7 +162,8 @@ class PixArtSigma:
     def _load_vae(self, device: torch.device) -> AutoencoderKL:
         dtype = DTYPES.get(self._config.model.vae_dtype)
         vae = AutoencoderKL.from_pretrained(self._vae.part("vae"), torch_dtype=dtype, variant=self._vae.variant)
-        return vae.to(device).eval()
+        vae.to(device)  # pyright: ignore[reportArgumentType]
+        return vae.eval()
 
     def _size_conditions(self, denoiser: nn.Module, noisy_BCHW: Tensor) -> dict[str, Tensor | None]:
         """Height, width and aspect in pixels, for the checkpoints that are conditioned on them."""
@@ -173,12 +176,12 @@ class PixArtSigma:
         return {"resolution": size.repeat(batch, 1), "aspect_ratio": aspect.repeat(batch, 1)}
 
 
-def draw_image(pipeline: PixArtSigmaPipeline, request: ImageRequest, device: torch.device) -> Image.Image:
+def draw_image(pipeline: Any, request: ImageRequest, device: torch.device) -> Image.Image:
     """One image; the start noise is drawn on the CPU, so that a seed means the same everywhere."""
     prompt, negative = request.prompt, request.negative
     return pipeline(
         prompt=None,
-        negative_prompt=None,  # pyright: ignore[reportArgumentType]
+        negative_prompt=None,
         prompt_embeds=prompt["prompt_embeds"][None].to(device),
         prompt_attention_mask=prompt["prompt_attention_mask"][None].to(device),
         negative_prompt_embeds=negative["prompt_embeds"][None].to(device),
