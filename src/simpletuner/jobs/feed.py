@@ -66,13 +66,13 @@ class Subscription:
 class Feed:
     def __init__(self) -> None:
         self._subscriptions: set[Subscription] = set()
-        self._closed = False
+        self.is_closed = False
 
     @contextmanager
     def subscribe(self, wanted: EventFilter) -> Generator[Subscription]:
         subscription = Subscription(wanted)
         self._subscriptions.add(subscription)
-        if self._closed:
+        if self.is_closed:
             subscription.close()
         try:
             yield subscription
@@ -90,6 +90,6 @@ class Feed:
 
     def close(self) -> None:
         """End every stream, so that a server can go down without waiting for its listeners."""
-        self._closed = True
+        self.is_closed = True
         for subscription in self._subscriptions:
             subscription.close()
