@@ -34,10 +34,10 @@ def run_server(
     Raises UserError with exit code 69 when the port is in use, 73 when the state directory is another server's or
     cannot be written. `on_started` is called once the server answers.
     """
-    with _own_state(settings), _bind(settings) as listening:
-        with closing(Core.build(settings, os.environ if environ is None else environ)) as core:
-            server = _Server(settings, core, on_started)
-            asyncio.run(server.serve(sockets=[listening]))
+    inherited = os.environ if environ is None else environ
+    with _own_state(settings), _bind(settings) as listening, closing(Core.build(settings, inherited)) as core:
+        server = _Server(settings, core, on_started)
+        asyncio.run(server.serve(sockets=[listening]))
 
 
 class _Server(uvicorn.Server):
