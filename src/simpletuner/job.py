@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -56,9 +56,7 @@ _ENDS = {JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.LOST}
 TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
     JobStatus.BLOCKED: frozenset({JobStatus.QUEUED, JobStatus.REJECTED, JobStatus.CANCELLED}),
     JobStatus.QUEUED: frozenset({JobStatus.STARTING, JobStatus.CANCELLED}),
-    JobStatus.STARTING: frozenset(
-        {JobStatus.RUNNING, JobStatus.QUEUED, JobStatus.STOPPING, JobStatus.STOPPED, *_ENDS}
-    ),
+    JobStatus.STARTING: frozenset({JobStatus.RUNNING, JobStatus.QUEUED, JobStatus.STOPPING, JobStatus.STOPPED, *_ENDS}),
     JobStatus.RUNNING: frozenset({JobStatus.QUEUED, JobStatus.STOPPING, JobStatus.STOPPED, *_ENDS}),
     JobStatus.STOPPING: frozenset({JobStatus.QUEUED, JobStatus.STOPPED, JobStatus.CANCELLED, *_ENDS}),
     **{status: frozenset() for status in TERMINAL},
@@ -97,7 +95,7 @@ class JobSpec(_Record):
     config_dir: str
     output_dir: str
     num_processes: int = 1
-    devices: list[int] = Field(default_factory=list)
+    devices: list[int] = Field(default_factory=list[int])
     stop_grace_s: float = 600.0
 
 
@@ -202,7 +200,7 @@ class JobDir:
             os.close(handle)
 
     @contextmanager
-    def hold_lock(self) -> Iterator[None]:
+    def hold_lock(self) -> Generator[None]:
         """The runner's proof of life: the kernel frees it at any death. Raises BlockingIOError when it is held."""
         handle = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -239,7 +237,7 @@ class CommandReader:
 
     def read(self) -> list[Command]:
         try:
-            if os.stat(self._path).st_size <= self._offset:
+            if self._path.stat().st_size <= self._offset:
                 return []
         except FileNotFoundError:
             return []

@@ -1,0 +1,220 @@
+"""Reads the dataset file into checked entries, naming every mistake with its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from simpletuner.config.dataset_options import (
+    INHERITED,
+    KNOWN_DATASET_TYPES,
+    KNOWN_TYPES,
+    LATER_KEYS,
+    MODELS,
+    NO_EFFECT_KEYS,
+)
+from simpletuner.config.directories import Directories, expand_placeholders
+from simpletuner.config.json_text import duplicate_problems, read_json
+from simpletuner.config.sources import parse_boolean
+from simpletuner.errors import Level, Problem, UserError
+
+_BOOLEANS = frozenset(
+    {"disabled", "crop", "prepend_instance_prompt", "only_instance_prompt", "disable_multiline_split", "default"}
+)
+
+
+def read_dataset_file(path: Path, *, shown: str) -> tuple[list[Any], list[Problem]]:
+    """The raw list and the warnings about its text. `shown` is the path as the person wrote it."""
+    pointer = "/--data_backend_config"
+    if not path.is_file():
+        raise UserError(
+            "data_backend_config_missing",
+            f"The dataset file {shown!r} does not exist.",
+            hint=f"It is looked for under the workspace and then under the configs directory ({path}).",
+            pointer=pointer,
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError("bad_json", f"{shown} is not UTF-8 text.", pointer=pointer) from error
+    value, duplicates = read_json(text, name=shown)
+    if not isinstance(value, list):
+        raise UserError(
+            "bad_dataset_file", f"{shown} holds no list of datasets.", hint="Write [ {…}, {…} ].", pointer=pointer
+        )
+    return cast(list[Any], value), duplicate_problems(duplicates, name=shown, prefix="/datasets")
+
+
+def resolve_datasets(
+    entries: list[Any], options: Mapping[str, Any], directories: Directories, family: str
+) -> tuple[list[dict[str, Any]], list[Problem]]:
+    """Entries with every key filled from the options and every path absolute, as `Dataset` takes them.
+
+    `options` are resolved values by bare name. Entries with an error are left out of the result.
+    """
+    resolved: list[dict[str, Any]] = []
+    problems: list[Problem] = []
+    for index, entry in enumerate(entries):
+        reader = _EntryReader(f"/datasets/{index}", options, directories, family)
+        if filled := reader.read(entry):
+            resolved.append(filled)
+        problems += reader.problems
+    problems += _check_ids(entries)
+    _settle_text_embeds(resolved, problems, options, directories)
+    return resolved, problems
+
+
+class _EntryReader:
+    def __init__(self, pointer: str, options: Mapping[str, Any], directories: Directories, family: str) -> None:
+        self._pointer = pointer
+        self._options = options
+        self._directories = directories
+        self._family = family
+        self.problems: list[Problem] = []
+
+    def read(self, entry: Any) -> dict[str, Any] | None:
+        if not isinstance(entry, dict):
+            self._fail("bad_dataset", "A dataset is an object.", "")
+            return None
+        written, missing = expand_placeholders(cast(dict[str, Any], entry))
+        for name in missing:
+            self._fail("env_not_set", f"The variable {name} is not set.", "Set it before the job is started.")
+        kind = str(written.get("dataset_type", "image"))
+        if not self._check_kinds(kind, str(written.get("type", "local"))):
+            return None
+        model = MODELS[kind]
+        values = {key: value for key, value in written.items() if self._take_key(key, set(model.model_fields))}
+        if "disable" in values:
+            values["disabled"] = values.pop("disable")
+        self._parse_booleans(values)
+        self._fill(values, set(model.model_fields))
+        try:
+            return model.model_validate(values).model_dump(mode="json")
+        except ValidationError as error:
+            for detail in error.errors():
+                key = str(detail["loc"][0]) if detail["loc"] else ""
+                missing_key = detail["type"] == "missing"
+                message = (
+                    f"{key!r} is missing." if missing_key else f"{key!r}: {detail['msg']}, not {detail['input']!r}."
+                )
+                self._fail("missing_dataset_key" if missing_key else "bad_value", message, "", key)
+            return None
+
+    def _check_kinds(self, kind: str, backend: str) -> bool:
+        if kind not in MODELS:
+            self._refuse(kind, KNOWN_DATASET_TYPES, "dataset_type")
+        if backend != "local":
+            self._refuse(backend, KNOWN_TYPES, "type")
+        return kind in MODELS and backend == "local"
+
+    def _refuse(self, value: str, known: tuple[str, ...], key: str) -> None:
+        if value in known:
+            self._fail("option_not_supported_yet", f"{key} {value!r} is not supported yet.", "", key)
+            return
+        near = get_close_matches(value, known, n=1)
+        guess = f"Did you mean {near[0]!r}? " if near else ""
+        self._fail("bad_choice", f"{key} cannot be {value!r}.", f"{guess}It is one of: {', '.join(known)}.", key)
+
+    def _take_key(self, key: str, fields: set[str]) -> bool:
+        if key in fields or key == "disable":
+            return True
+        if key in NO_EFFECT_KEYS:
+            message = f"{key!r} has no effect: caches are keyed by content."
+            self._note("option_no_effect", message, "", key, Level.WARNING)
+        elif key in LATER_KEYS:
+            self._fail("option_not_supported_yet", f"The dataset key {key!r} is not supported yet.", "", key)
+        else:
+            near = get_close_matches(key, [*fields, *LATER_KEYS], n=1)
+            self._fail(
+                "unknown_dataset_key",
+                f"Unknown dataset key {key!r}.",
+                f"Did you mean {near[0]!r}?" if near else "",
+                key,
+            )
+        return False
+
+    def _parse_booleans(self, values: dict[str, Any]) -> None:
+        for key in _BOOLEANS & values.keys():
+            parsed = parse_boolean(values[key])
+            if parsed is None:
+                self._fail("bad_boolean", f"{key!r} is true or false, not {values[key]!r}.", "", key)
+                del values[key]
+            else:
+                values[key] = parsed
+
+    def _fill(self, values: dict[str, Any], fields: set[str]) -> None:
+        for key in INHERITED:
+            if key in fields and key not in values and self._options.get(key) is not None:
+                values[key] = self._options[key]
+        name = str(values.get("id", ""))
+        if "cache_dir_vae" in fields and "cache_dir_vae" not in values:
+            values["cache_dir_vae"] = default_latent_folder(self._options, self._family, name)
+        if "cache_dir" in fields and "cache_dir" not in values:
+            values["cache_dir"] = self._options.get("cache_dir_text", "cache")
+        for key in ("instance_data_dir", "cache_dir_vae", "cache_dir"):
+            if isinstance(values.get(key), str):
+                values[key] = self._directories.absolute(values[key])
+
+    def _fail(self, code: str, message: str, hint: str, key: str = "") -> None:
+        self._note(code, message, hint, key, Level.ERROR)
+
+    def _note(self, code: str, message: str, hint: str, key: str, level: Level) -> None:
+        pointer = f"{self._pointer}/{key}" if key else self._pointer
+        self.problems.append(Problem(code=code, message=message, hint=hint, pointer=pointer, level=level))
+
+
+def default_latent_folder(options: Mapping[str, Any], family: str, dataset_id: str) -> str:
+    if options.get("cache_dir_vae"):
+        return f"{options['cache_dir_vae']}/{dataset_id}"
+    base = options.get("cache_dir") or options.get("output_dir") or "."
+    return f"{base}/cache/vae/{family}/{dataset_id}"
+
+
+def _check_ids(entries: list[Any]) -> list[Problem]:
+    problems: list[Problem] = []
+    first: dict[str, int] = {}
+    for index, entry in enumerate(cast(list[dict[str, Any]], [e if isinstance(e, dict) else {} for e in entries])):
+        name = entry.get("id")
+        if not isinstance(name, str):
+            continue
+        if name in first:
+            message = f"Two datasets have the id {name!r} (entries {first[name]} and {index})."
+            problems.append(
+                Problem(
+                    code="duplicate_dataset_id",
+                    message=message,
+                    hint="Give each its own.",
+                    pointer=f"/datasets/{index}/id",
+                )
+            )
+        first.setdefault(name, index)
+    return problems
+
+
+def _settle_text_embeds(
+    resolved: list[dict[str, Any]], problems: list[Problem], options: Mapping[str, Any], directories: Directories
+) -> None:
+    """See to exactly one default text cache: a lone one is it, none at all makes one."""
+    caches = [entry for entry in resolved if entry["dataset_type"] == "text_embeds" and not entry["disabled"]]
+    if not caches:
+        made = {
+            "id": "text-embeds",
+            "dataset_type": "text_embeds",
+            "default": True,
+            "cache_dir": directories.absolute(str(options.get("cache_dir_text", "cache"))),
+            "write_batch_size": options.get("write_batch_size", 128),
+            "text_encoder_batch_size": options.get("text_encoder_batch_size", 16),
+        }
+        resolved.append(MODELS["text_embeds"].model_validate(made).model_dump(mode="json"))
+    elif len(caches) == 1:
+        caches[0]["default"] = True
+    elif (defaults := sum(entry["default"] for entry in caches)) != 1:
+        found = "none" if defaults == 0 else f"{defaults}"
+        message = f"Of {len(caches)} text_embeds datasets exactly one is the default; here {found} are."
+        problems.append(
+            Problem(code="text_default", message=message, hint='Set "default": true on one.', pointer="/datasets")
+        )

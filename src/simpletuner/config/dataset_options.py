@@ -1,0 +1,224 @@
+"""The dataset file: a list of entries, each one of these models. training.md §3.1."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag
+
+ResolutionType = Literal["pixel_area", "area", "pixel"]
+CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "instance_prompt", "parquet"]
+CropStyle = Literal["random", "center", "centre", "corner"]
+CropAspect = Literal["square", "preserve", "closest", "random"]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    id: Annotated[str, Field(min_length=1, pattern=r"^[^/\x00]+$")]
+    """Name in caches, ledger and metrics; unique in the file."""
+
+    type: Literal["local"] = "local"
+    """Where the files are."""
+
+    disabled: bool = False
+    """Leave this entry out of the run."""
+
+
+class ParquetColumns(BaseModel):
+    """Captions and sizes from a table beside the pictures."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    path: str
+    """The parquet or JSONL file, relative to `instance_data_dir` unless absolute."""
+    filename_column: str = "filename"
+    """Column with the file name of the picture."""
+    caption_column: str = "caption"
+    """Column with the caption; a list cell gives several variants."""
+    fallback_caption_column: str | None = None
+    """Used where the caption column is empty."""
+    width_column: str | None = None
+    """Column with the width; saves reading the header."""
+    height_column: str | None = None
+    """Column with the height; saves reading the header."""
+    identifier_includes_extension: bool = False
+    """Whether the file name column carries the extension."""
+
+
+class PictureDataset(_Entry):
+    """A folder of pictures. Keys that an entry leaves out take the value of the option of the same name."""
+
+    instance_data_dir: str
+    """Root folder, searched recursively, links followed."""
+
+    cache_dir_vae: str
+    """Where latents are kept; default `<cache_dir_vae>/<id>`."""
+
+    resolution: PositiveFloat = 1024
+    """Target size, in the unit of `resolution_type`."""
+
+    resolution_type: ResolutionType = "pixel_area"
+    """`pixel_area`: edge of a square of equal area; `area`: megapixels; `pixel`: the shorter edge."""
+
+    minimum_image_size: PositiveFloat | None = None
+    """Smaller pictures are dropped (`too_small`). Same unit as `resolution`."""
+
+    maximum_image_size: PositiveFloat | None = None
+    """Larger pictures are first brought to `target_downsample_size`. Same unit as `resolution`."""
+
+    target_downsample_size: PositiveFloat | None = None
+    """Size that too large pictures are brought to before they are cropped. Same unit as `resolution`."""
+
+    max_upscale_threshold: PositiveFloat | None = None
+    """Pictures that would be enlarged by more than this fraction are dropped (`too_much_upscale`)."""
+
+    crop: bool = False
+    """Cut to the target; otherwise the whole picture is resized to it."""
+
+    crop_style: CropStyle = "random"
+    """Which part is kept."""
+
+    crop_aspect: CropAspect = "square"
+    """Aspect of the cut: square, the picture's own (`preserve`), or one of `crop_aspect_buckets`."""
+
+    crop_aspect_buckets: list[PositiveFloat] = Field(default_factory=list[float])
+    """Width ÷ height choices for `closest` and `random`."""
+
+    caption_strategy: CaptionStrategy = "filename"
+    """Where captions come from."""
+
+    instance_prompt: str | list[str] | None = None
+    """Caption, or captions, for every picture of the dataset."""
+
+    prepend_instance_prompt: bool = False
+    """Put `instance_prompt` before each caption."""
+
+    only_instance_prompt: bool = False
+    """Use `instance_prompt` in place of each caption."""
+
+    disable_multiline_split: bool = False
+    """Take a caption file as one caption, not one a line."""
+
+    repeats: NonNegativeInt = 0
+    """Extra uses of each sample per epoch."""
+
+    probability: PositiveFloat = 1.0
+    """Weight of this dataset when the next batch's dataset is drawn."""
+
+    caption_dropout_probability: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Chance, per visit, that the empty caption is used."""
+
+    metadata_backend: Literal["discovery", "json", "parquet"] = "discovery"
+    """`discovery` reads image headers; `parquet` takes sizes from the table."""
+
+    parquet: ParquetColumns | None = None
+    """The table of captions and sizes."""
+
+    minimum_aspect_ratio: PositiveFloat | None = None
+    """Narrower pictures (width ÷ height) are dropped."""
+
+    maximum_aspect_ratio: PositiveFloat | None = None
+    """Wider pictures (width ÷ height) are dropped."""
+
+    max_num_samples: PositiveInt | None = None
+    """Use only a fixed random subset of this many pictures."""
+
+    vae_batch_size: PositiveInt = 4
+    """Pictures encoded at once."""
+
+    aspect_bucket_rounding: PositiveInt = 2
+    """Decimals of the aspect ratio that makes a bucket."""
+
+
+class ImageDataset(PictureDataset):
+    dataset_type: Literal["image"] = "image"
+
+
+class EvalDataset(PictureDataset):
+    """Pictures that are never trained on: their loss on fixed noise is the held-out loss."""
+
+    dataset_type: Literal["eval"] = "eval"
+
+
+class TextEmbeds(_Entry):
+    dataset_type: Literal["text_embeds"] = "text_embeds"
+
+    default: bool = False
+    """The default one also keeps the validation, negative and empty prompts."""
+
+    cache_dir: str
+    """Where embeddings are kept."""
+
+    write_batch_size: PositiveInt = 128
+    """Embeddings written at once."""
+
+    text_encoder_batch_size: PositiveInt = 16
+    """Captions encoded at once."""
+
+
+def dataset_kind(entry: Any) -> str:
+    """The tag of the union: an entry that does not say is a picture dataset."""
+    if isinstance(entry, dict):
+        return str(entry.get("dataset_type", "image"))  # pyright: ignore[reportUnknownMemberType,reportUnknownArgumentType]
+    return entry.dataset_type
+
+
+Dataset = Annotated[
+    Annotated[ImageDataset, Tag("image")]
+    | Annotated[EvalDataset, Tag("eval")]
+    | Annotated[TextEmbeds, Tag("text_embeds")],
+    Discriminator(dataset_kind),
+]
+
+MODELS: dict[str, type[ImageDataset] | type[EvalDataset] | type[TextEmbeds]] = {
+    "image": ImageDataset,
+    "eval": EvalDataset,
+    "text_embeds": TextEmbeds,
+}
+
+INHERITED = (
+    "resolution",
+    "resolution_type",
+    "minimum_image_size",
+    "maximum_image_size",
+    "target_downsample_size",
+    "max_upscale_threshold",
+    "caption_strategy",
+    "instance_prompt",
+    "prepend_instance_prompt",
+    "only_instance_prompt",
+    "caption_dropout_probability",
+    "vae_batch_size",
+    "aspect_bucket_rounding",
+    "text_encoder_batch_size",
+    "write_batch_size",
+)
+"""Keys whose missing value is the option of the same name."""
+
+KNOWN_TYPES = ("local", "huggingface", "aws", "csv", "webshart", "memory")
+KNOWN_DATASET_TYPES = (
+    "image", "eval", "text_embeds", "conditioning", "image_embeds", "caption",
+    "video", "audio", "conditioning_image_embeds",
+)  # fmt: skip
+
+NO_EFFECT_KEYS = frozenset(
+    {"hash_filenames", "compress_cache", "preserve_data_backend_cache", "metadata_update_interval"}
+)
+"""Written by people of other trainers; they cannot change anything here."""
+
+LATER_KEYS = frozenset(
+    {
+        "conditioning_data", "conditioning_type", "caption_shuffle", "caption_filter_list", "train_batch_size",
+        "start_step", "start_epoch", "end_step", "end_epoch", "is_regularisation_data", "timestep_sampling_offset",
+        "source_dataset_id", "text_embeds", "skip_file_discovery", "vae_cache_ondemand", "text_cache_ondemand",
+        "vae_cache_disable", "text_cache_disable", "scan_for_errors", "disable_validation",
+        "vae_cache_clear_each_epoch",
+        "conditioning", "slider_strength", "disable_after_epoch_step", "video", "audio", "image_embeds",
+        "conditioning_image_embeds", "s2v_datasets", "dataset_name", "split", "revision", "image_column",
+        "caption_column", "huggingface", "aws_bucket_name", "aws_data_prefix", "aws_endpoint_url", "aws_region_name",
+        "aws_access_key_id", "aws_secret_access_key", "csv_file", "csv_cache_dir", "csv_url_column",
+        "csv_caption_column", "maximum_caption_length", "read_batch_size", "image_processing_batch_size",
+    }
+)  # fmt: skip
+"""Keys of the contract that are not built yet: `option_not_supported_yet`."""

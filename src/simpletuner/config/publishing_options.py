@@ -1,0 +1,35 @@
+"""Who is told, and where results go. training.md §2.9."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import NonNegativeFloat
+
+from simpletuner.config.option import OptionGroup, Ui
+
+
+class PublishingOptions(OptionGroup):
+    report_to: Annotated[str, Ui(tab="publishing", order=1, later=True, off="none")] = "none"
+    """Trackers, comma-separated."""
+
+    tracker_project_name: Annotated[str, Ui(tab="publishing", order=2)] = "simpletuner"
+    """Project name at the tracker."""
+
+    tracker_run_name: Annotated[str, Ui(tab="publishing", order=3)] = "simpletuner-testing"
+    """Run name at the tracker."""
+
+    webhook_config: Annotated[
+        str | dict[str, Any] | list[Any] | None,
+        Ui(tab="publishing", order=4, structured=True, secret=True, later=True),
+    ] = None
+    """Where events are posted."""
+
+    webhook_reporting_interval: Annotated[NonNegativeFloat, Ui(tab="publishing", order=5, later=True)] = 0.0
+    """Least seconds between two progress posts to an endpoint."""
+
+    post_checkpoint_script: Annotated[str | None, Ui(tab="publishing", order=6, later=True, runs_command=True)] = None
+    """Program that is run after each checkpoint."""
+
+    post_upload_script: Annotated[str | None, Ui(tab="publishing", order=7, later=True, runs_command=True)] = None
+    """Program that is run after each upload."""

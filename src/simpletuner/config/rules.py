@@ -1,0 +1,283 @@
+"""Rules between options. Each finds its problems alone, so that all are answered at once. training.md §1, api.md §2.4."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from simpletuner.config.directories import Directories
+from simpletuner.errors import Level, Problem
+from simpletuner.families.spec import Capability, FamilySpec
+
+OPTIMIZERS = ("adamw_bf16", "torch-adamw", "optimi-lion")
+OPTIMIZERS_LATER = (
+    "optimi-stableadamw", "optimi-adamw", "optimi-adam", "optimi-radam", "optimi-ranger", "optimi-adan", "optimi-sgd",
+    "ao-adamw8bit", "ao-adamw4bit", "ao-adamwfp8", "bnb-adamw", "bnb-adam", "bnb-lion", "bnb-ademamix",
+    "bnb-adamw8bit", "bnb-adam8bit", "bnb-lion8bit", "bnb-ademamix8bit", "bnb-adamw-paged", "bnb-lion-paged",
+    "bnb-adamw8bit-paged", "bnb-lion8bit-paged", "torch-adam", "torch-sgd", "torch-radam", "torch-nadam",
+    "torch-adafactor", "adamw_schedulefree", "prodigy", "soap", "muon",
+)  # fmt: skip
+
+FLOW_ONLY = ("flow_schedule_shift",)
+DIFFUSION_ONLY = (
+    "offset_noise", "snr_gamma", "timestep_bias_strategy", "timestep_bias_multiplier", "timestep_bias_portion",
+    "timestep_bias_begin", "timestep_bias_end",
+)  # fmt: skip
+QUANTISED = ("int8-quanto",)
+TRACKER_OPTIONS = ("tracker_project_name", "tracker_run_name")
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What the rules look at: typed values by bare name, the layer of each, the datasets, the family."""
+
+    values: Mapping[str, Any]
+    layers: Mapping[str, str]
+    datasets: list[dict[str, Any]]
+    spec: FamilySpec
+    directories: Directories
+    for_start: bool
+
+    def given(self, name: str) -> bool:
+        """Whether a person set it, in an environment or a request."""
+        return self.layers.get(name, "default") not in ("default", "flavour")
+
+
+def check(situation: Situation) -> list[Problem]:
+    """Every problem of the combination, errors and warnings."""
+    return [problem for rule in _RULES for problem in rule(situation)]
+
+
+def _error(code: str, option: str, message: str, hint: str = "") -> Problem:
+    return Problem(code=code, option=option, message=message, hint=hint, pointer=f"/--{option}")
+
+
+def _warning(code: str, option: str, message: str, hint: str = "") -> Problem:
+    return Problem(code=code, option=option, message=message, hint=hint, pointer=f"/--{option}", level=Level.WARNING)
+
+
+def _run_length(at: Situation) -> Iterator[Problem]:
+    steps, epochs = at.values["max_train_steps"], at.values["num_train_epochs"]
+    layers = at.layers
+    sources = f"max_train_steps: {layers['max_train_steps']}; num_train_epochs: {layers['num_train_epochs']}."
+    if steps and epochs and at.given("num_train_epochs"):
+        yield _error(
+            "both_epochs_and_steps",
+            "max_train_steps",
+            f"Both max_train_steps ({steps}) and num_train_epochs ({epochs}) are set.",
+            f"Set one of them to 0. {sources}",
+        )
+    if not steps and not epochs:
+        yield _error(
+            "no_run_length",
+            "max_train_steps",
+            "Neither max_train_steps nor num_train_epochs is above 0.",
+            f"Set one of them. {sources}",
+        )
+
+
+def _model_type(at: Situation) -> Iterator[Problem]:
+    quantised = at.values["base_model_precision"] in QUANTISED
+    if at.values["model_type"] == "full" and quantised:
+        yield _error(
+            "quantised_full",
+            "base_model_precision",
+            f"A full fine-tune cannot train a base quantised to {at.values['base_model_precision']}.",
+            "Use bf16 or fp32, or train an adapter (--model_type lora).",
+        )
+    elif quantised:
+        yield _error("option_not_supported_yet", "base_model_precision", "Quantised bases are not supported yet.")
+    if at.values["model_type"] == "lora" and Capability.LORA not in at.spec.supports:
+        yield _error(
+            "option_not_supported_yet",
+            "model_type",
+            f"Adapters for {at.spec.title} are not supported yet.",
+            "Use --model_type full.",
+        )
+    if "fp16" in (at.values["base_model_precision"], at.values["mixed_precision"]):
+        option = "mixed_precision" if at.values["mixed_precision"] == "fp16" else "base_model_precision"
+        yield _error("option_not_supported_yet", option, "Training in fp16 is not supported yet.", "Use bf16 or fp32.")
+
+
+def _optimizer(at: Situation) -> Iterator[Problem]:
+    name = at.values["optimizer"]
+    if name in OPTIMIZERS:
+        return
+    if name in OPTIMIZERS_LATER:
+        yield _error("option_not_supported_yet", "optimizer", f"The optimizer {name!r} is not supported yet.")
+        return
+    near = get_close_matches(name, [*OPTIMIZERS, *OPTIMIZERS_LATER], n=1)
+    guess = f"Did you mean {near[0]!r}? " if near else ""
+    yield _error(
+        "unknown_optimizer", "optimizer", f"There is no optimizer {name!r}.", f"{guess}Known: {', '.join(OPTIMIZERS)}."
+    )
+
+
+def _wrong_family(at: Situation) -> Iterator[Problem]:
+    foreign = FLOW_ONLY if at.spec.objective == "diffusion" else DIFFUSION_ONLY
+    for name in foreign:
+        if at.given(name):
+            yield _warning(
+                "option_no_effect", name, f"--{name} has no effect: {at.spec.title} is a {at.spec.objective} model."
+            )
+    if at.values["clip_skip"] and not any("clip" in slot.encoder and not slot.pooled for slot in at.spec.text):
+        yield _warning(
+            "option_no_effect", "clip_skip", f"--clip_skip has no effect: {at.spec.title} uses no CLIP hidden states."
+        )
+    if at.values["prediction_type"] == "flow_matching" and at.spec.objective == "diffusion":
+        yield _error("incompatible_options", "prediction_type", f"{at.spec.title} is no flow-matching family.")
+    for name in TRACKER_OPTIONS:
+        if at.given(name) and at.values["report_to"] == "none":
+            yield _warning("option_no_effect", name, f"--{name} has no effect: there is no tracker (--report_to none).")
+
+
+def _dependent(at: Situation) -> Iterator[Problem]:
+    """Options that act only beside another one."""
+    pairs = {
+        "ema_decay": ("use_ema", False),
+        "ema_validation": ("use_ema", False),
+        "huber_c": ("loss_type", "l2"),
+        "huber_schedule": ("loss_type", "l2"),
+        "noise_offset": ("offset_noise", False),
+        "noise_offset_probability": ("offset_noise", False),
+        "timestep_bias_multiplier": ("timestep_bias_strategy", "none"),
+        "dataloader_prefetch_qlen": ("dataloader_prefetch", False),
+    }
+    for name, (switch, off) in pairs.items():
+        if at.given(name) and at.values[switch] == off:
+            yield _warning("option_no_effect", name, f"--{name} has no effect: --{switch} is {str(off).lower()}.")
+    if at.given("aspect_bucket_alignment"):
+        fixed = at.spec.layer_values(at.values["model_flavour"])["aspect_bucket_alignment"]
+        if at.values["aspect_bucket_alignment"] != fixed:
+            yield _error(
+                "incompatible_options",
+                "aspect_bucket_alignment",
+                f"{at.spec.title} fixes --aspect_bucket_alignment at {fixed}.",
+            )
+
+
+def _sizes(at: Situation) -> Iterator[Problem]:
+    rows: list[tuple[str, Mapping[str, Any]]] = [("", at.values)]
+    rows += [(f"/datasets/{i}", entry) for i, entry in enumerate(at.datasets) if "resolution" in entry]
+    for prefix, row in rows:
+        pointer = prefix or "/--"
+
+        def at_pointer(name: str, pointer: str = pointer) -> str:
+            return f"{pointer}{name}" if pointer.endswith("--") else f"{pointer}/{name}"
+
+        if row["maximum_image_size"] and not row["target_downsample_size"]:
+            yield Problem(
+                code="downsample_pair",
+                message="maximum_image_size needs target_downsample_size.",
+                hint="Say to which size too large pictures are brought.",
+                pointer=at_pointer("maximum_image_size"),
+            )
+        unit = row["resolution_type"]
+        for name in ("resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size"):
+            value = row[name]
+            if value is not None and (reason := _size_problem(unit, value, nano=at.values["model_flavour"] == "nano")):
+                yield Problem(
+                    code="size_unit", message=f"{name} {value:g}: {reason}", hint=_UNITS, pointer=at_pointer(name)
+                )
+
+
+_UNITS = "`area` is in megapixels (1.0), `pixel_area` an edge in whole pixels (1024), `pixel` the shorter edge (768)."
+
+
+def _size_problem(unit: str, value: float, *, nano: bool) -> str:
+    if unit == "area" and value > 20:
+        return "more than 20 megapixels."
+    if unit != "area" and value < (16 if nano else 64):
+        return f"fewer than {16 if nano else 64} pixels."
+    if unit == "pixel_area" and value != int(value):
+        return "an edge is a whole number of pixels."
+    return ""
+
+
+def _warmup(at: Situation) -> Iterator[Problem]:
+    steps, warmup = at.values["max_train_steps"], at.values["lr_warmup_steps"]
+    if steps and warmup >= steps:
+        yield _warning(
+            "warmup_too_long",
+            "lr_warmup_steps",
+            f"The warm-up of {warmup} steps is as long as the run of {steps}: the full rate is never reached.",
+        )
+
+
+def _datasets(at: Situation) -> Iterator[Problem]:
+    if not any(entry["dataset_type"] == "image" and not entry["disabled"] for entry in at.datasets):
+        yield Problem(code="nothing_to_train_on", message="No dataset of pictures to train on.", pointer="/datasets")
+    level = Level.ERROR if at.for_start else Level.WARNING
+    roots: dict[str, str] = {}
+    text = {entry["cache_dir"]: entry["id"] for entry in at.datasets if entry["dataset_type"] == "text_embeds"}
+    for index, entry in enumerate(at.datasets):
+        root = entry.get("instance_data_dir")
+        if root is None or entry["disabled"]:
+            continue
+        pointer = f"/datasets/{index}/instance_data_dir"
+        if root in roots:
+            message = f"{entry['id']!r} and {roots[root]!r} use the same folder."
+            yield Problem(code="duplicate_dataset_path", message=message, hint=root, pointer=pointer)
+        roots.setdefault(root, entry["id"])
+        for folder, owner in text.items():
+            if Path(folder).is_relative_to(root):
+                message = f"The text cache {owner!r} lies inside the picture folder of {entry['id']!r}."
+                yield Problem(
+                    code="cache_inside_dataset", message=message, hint="Move the cache elsewhere.", pointer=pointer
+                )
+        if not Path(root).is_dir():
+            message = f"The folder {root} of dataset {entry['id']!r} does not exist here."
+            yield Problem(
+                code="dataset_path_missing",
+                message=message,
+                hint="Create it or correct the path.",
+                pointer=pointer,
+                level=level,
+            )
+        yield from _entry(index, entry)
+
+
+def _entry(index: int, entry: dict[str, Any]) -> Iterator[Problem]:
+    pointer = f"/datasets/{index}"
+    strategy = entry["caption_strategy"]
+    needs_prompt = (
+        strategy in ("instanceprompt", "instance_prompt")
+        or entry["only_instance_prompt"]
+        or entry["prepend_instance_prompt"]
+    )
+    if needs_prompt and not entry["instance_prompt"]:
+        yield Problem(
+            code="missing_dataset_key", message="instance_prompt is missing.", pointer=f"{pointer}/instance_prompt"
+        )
+    if strategy == "parquet" and not entry["parquet"]:
+        yield Problem(
+            code="missing_dataset_key",
+            message="caption_strategy parquet needs the key 'parquet'.",
+            pointer=f"{pointer}/parquet",
+        )
+    if entry["crop_aspect"] in ("closest", "random") and not entry["crop_aspect_buckets"]:
+        message = f"crop_aspect {entry['crop_aspect']} needs crop_aspect_buckets."
+        yield Problem(code="missing_dataset_key", message=message, pointer=f"{pointer}/crop_aspect_buckets")
+
+
+def _places(at: Situation) -> Iterator[Problem]:
+    output = Path(at.directories.absolute(at.values["output_dir"]))
+    folder = output
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        yield Problem(
+            code="output_dir_not_writable",
+            option="output_dir",
+            message=f"The output folder {output} cannot be written: {folder} is not a writable folder.",
+            hint="Choose another --output_dir or change its rights.",
+            pointer="/--output_dir",
+            level=Level.ERROR if at.for_start else Level.WARNING,
+        )
+
+
+_RULES = (_run_length, _model_type, _optimizer, _wrong_family, _dependent, _sizes, _warmup, _datasets, _places)
