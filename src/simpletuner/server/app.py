@@ -16,7 +16,17 @@ from simpletuner.server.core import Core
 from simpletuner.server.docs import add_docs
 from simpletuner.server.errors import add_error_handlers, error_responses
 from simpletuner.server.query import refuse_unknown_query
-from simpletuner.server.routes import events, health, jobs, logs, system
+from simpletuner.server.routes import (
+    configs,
+    environments,
+    events,
+    health,
+    jobs,
+    logs,
+    system,
+    training,
+    training_control,
+)
 from simpletuner.server.security import Security
 from simpletuner.server.settings import ServerSettings
 
@@ -79,6 +89,11 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(health.router)
     app.include_router(events.router)
     app.include_router(system.router)
+    app.include_router(training.router)
+    app.include_router(training_control.router)
+    # Before `/{name}`: these are words that no environment can be called.
+    app.include_router(environments.router)
+    app.include_router(configs.router)
     for router in (jobs.router, logs.router):
         app.include_router(router, prefix="/api/jobs")
         app.include_router(router, prefix="/api/cloud/jobs", include_in_schema=False)

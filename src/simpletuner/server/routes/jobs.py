@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import FileResponse
@@ -14,6 +14,7 @@ from simpletuner.errors import UserError
 from simpletuner.events import EventType
 from simpletuner.job import JobStatus
 from simpletuner.server import control
+from simpletuner.server.config_view import JobConfig, show_config
 from simpletuner.server.control import ControlAnswer, RequestAnswer
 from simpletuner.server.core import Core, CoreDep
 from simpletuner.server.errors import error_responses
@@ -35,12 +36,6 @@ class JobList(BaseModel):
 
 class OneJob(BaseModel):
     job: JobView
-
-
-class JobConfig(BaseModel):
-    config: dict[str, Any]
-    datasets: list[Any]
-    provenance: dict[str, Any]
 
 
 class Artifact(BaseModel):
@@ -91,13 +86,7 @@ def get_job(core: CoreDep, job_id: str) -> OneJob:
 @router.get("/{job_id}/config", operation_id="get_job_config", responses=UNKNOWN)
 def get_job_config(core: CoreDep, job_id: str) -> JobConfig:
     """What was frozen at submit: every option resolved, and where each value came from."""
-    folder = core.placement.job_dir(core.job(job_id).job_id)
-    frozen = folder.read_config()
-    return JobConfig(
-        config={f"--{name}": value for name, value in frozen["config"].items()},
-        datasets=folder.read_datasets(),
-        provenance={f"--{name}": value for name, value in frozen["provenance"].items()},
-    )
+    return show_config(core, core.job(job_id))
 
 
 @router.get("/{job_id}/events", operation_id="list_job_events", responses=UNKNOWN)
