@@ -1,10 +1,13 @@
-"""A trainer at the protocol: writes the journal, obeys commands. Its `config` says how it behaves.
+"""A trainer at the protocol: writes the journal, obeys commands.
 
-steps (0: for ever), step_s, ignores (commands and SIGTERM), exit_code, error, chatter (lines a step), start_s.
+The job's `config`, or the JSON of the variable FAKE_TRAINER, says how it behaves:
+steps (0: for ever; else `max_train_steps`), step_s, ignores (commands and SIGTERM), exit_code, error, chatter (lines a step), start_s.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import sys
 import time
@@ -48,12 +51,12 @@ def obey(journal: Journal, commands: CommandReader, step: int, steps: int) -> in
 
 def main() -> int:
     job = JobDir(Path(sys.argv[1]))
-    config = job.read_config()["config"]
+    config = job.read_config()["config"] | json.loads(os.environ.get("FAKE_TRAINER", "{}"))
     journal = job.open_journal()
     commands = CommandReader(job)
     if config.get("ignores"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    steps = config.get("steps", 0)
+    steps = config.get("steps", config.get("max_train_steps", 0))
     time.sleep(config.get("start_s", 0))
     print("trainer says hello", flush=True)
     if "error" in config:
