@@ -1,7 +1,8 @@
 """A trainer at the protocol: writes the journal, obeys commands.
 
 The job's `config`, or the JSON of the variable FAKE_TRAINER, says how it behaves:
-steps (0: for ever; else `max_train_steps`), step_s, ignores (commands and SIGTERM), exit_code, error, chatter (lines a step), start_s.
+steps (0: for ever; else `max_train_steps`), step_s, ignores (commands and SIGTERM), exit_code,
+error, chatter (lines a step), start_s.
 """
 
 from __future__ import annotations
