@@ -106,8 +106,9 @@ class World:
 class ServerProcess:
     """A real server on a free port."""
 
-    def __init__(self, workspace: Path, **environ: str) -> None:
+    def __init__(self, workspace: Path, *, environment: str = "", **environ: str) -> None:
         self.workspace = workspace
+        self._environment = [environment] if environment else []
         self.port = free_port()
         self.url = f"http://localhost:{self.port}"
         self._environ = (
@@ -122,6 +123,7 @@ class ServerProcess:
         begin = time.monotonic()
         log = (self.workspace / "server.log").open("ab")
         command = [sys.executable, str(FAKE_TRAINER.with_name("serve.py")), str(self.workspace), str(self.port)]
+        command += self._environment
         self.process = subprocess.Popen(command, env=self._environ, stdout=log, stderr=log, cwd=self.workspace)
         log.close()
         until(self.is_healthy, within_s=20)

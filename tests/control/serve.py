@@ -1,4 +1,4 @@
-"""A server process for tests: `serve.py <workspace> <port>`."""
+"""A server process for tests: `serve.py <workspace> <port> [environment]`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from simpletuner.server.settings import ServerSettings
 
 
 def main() -> int:
-    workspace, port = sys.argv[1:]
+    workspace, port, *environment = sys.argv[1:]
     flags = {"workspace": workspace, "port": int(port), "host": "127.0.0.1"}
     try:
-        run_server(ServerSettings.read(flags, os.environ, Path.cwd()))
+        settings = ServerSettings.read(flags, os.environ, Path.cwd())
+        run_server(settings, environment=environment[0] if environment else None)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -105,10 +105,12 @@ def test_what_it_cannot_have_is_an_exit_code(server: ServerProcess, tmp_path_fac
     assert run_serve(server.workspace, 1) == 73
     assert run_serve(other, 0, SIMPLETUNER_DEVICES="many") == 64
     assert run_serve(other, 0, SIMPLETUNER_STATE_DIR="/proc/nope") == 73
+    assert run_serve(other, 0, environment="missing") == 64
 
 
-def run_serve(workspace: Path, port: int, **environ: str) -> int:
+def run_serve(workspace: Path, port: int, environment: str = "", **environ: str) -> int:
     command = [sys.executable, str(FAKE_TRAINER.with_name("serve.py")), str(workspace), str(port)]
+    command += [environment] if environment else []
     everything = dict(os.environ) | {"PYTHONPATH": str(SOURCE)} | environ
     return subprocess.run(command, env=everything, timeout=20, capture_output=True, check=False).returncode
 

@@ -141,3 +141,32 @@ def test_html_when_htmx_asks(shared_server: ServerProcess, path: str) -> None:
     answer = shared_server.http.post(f"/api/training/{path}", headers={"HX-Request": "true"})
     assert answer.status_code in {400, 422}
     assert answer.json()["request_id"]
+
+
+def test_a_server_with_an_environment_runs_it_unasked_and_once(server: ServerProcess) -> None:
+    http = server.http
+    made = http.post("/api/configs/", json={"name": "once", "config": server.options()})
+    assert made.status_code == 201, made.text
+    assert server.stop() == 0
+    heir = ServerProcess(server.workspace, environment="once")
+    try:
+        job = until(lambda: heir.get("/api/jobs")["jobs"])[0]
+        assert job["config_name"] == "once"
+        assert heir.get("/api/configs/active")["name"] == "once"
+        heir.kill()
+        heir.start()
+        heir.wait_status(job["job_id"], "running")
+        assert heir.get("/api/jobs")["total"] == 1
+    finally:
+        heir.close()
+
+
+def test_what_cannot_be_written_to_a_file_is_refused(shared_server: ServerProcess) -> None:
+    http, typed = shared_server.http, {"Content-Type": "application/json"}
+    for body in (b'{"config": {"--seed": NaN}}', b'{"config": {"--tracker_run_name": "\\ud800"}}', b"[" * 5000):
+        answer = http.put("/api/configs/none", content=body, headers=typed)
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_field"), answer.text
+        answer = http.post("/api/training/start", content=body, headers=typed)
+        assert answer.status_code == 422, answer.text
+    many = ",".join("a" for _ in range(2000))
+    assert http.get("/api/training/events", params={"types": many}).status_code == 422

@@ -41,7 +41,6 @@ STATUS_OF: Mapping[str, int] = {
     for code in codes.split()
 }
 CODE_OF: Mapping[int, str] = {
-    400: "bad_path",
     401: "unauthenticated",
     403: "permission_denied",
     404: "not_found",
@@ -116,23 +115,24 @@ def add_error_handlers(app: FastAPI) -> None:
 async def _on_user_error(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, UserError):
         raise error
-    return envelope(
-        request.scope,
-        code=error.code,
-        detail=error.message,
-        hint=error.hint,
-        problems=errors_of(error.problems),
-    )
+    problems, code = errors_of(error.problems), error.code
+    if code not in STATUS_OF:
+        # A finding about a configuration, raised alone: its own code belongs into the list.
+        own = Problem(code=code, message=error.message, hint=error.hint, pointer=error.pointer)
+        problems, code = problems or [own], "invalid_config"
+    return envelope(request.scope, code=code, detail=error.message, hint=error.hint, problems=problems)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, HTTPException):
         raise error
-    code = CODE_OF.get(error.status_code, "invalid_field" if error.status_code < 500 else "internal_error")
+    # The framework says 400 of a body that cannot be read; here that is a field like any other.
+    status = 422 if error.status_code == 400 else error.status_code
+    code = CODE_OF.get(status, "invalid_field" if status < 500 else "internal_error")
     detail = error.detail
     if error.status_code == 404 and detail == HTTPStatus.NOT_FOUND.phrase:
         detail = f"There is nothing at {request.url.path}."
-    return envelope(request.scope, code=code, detail=detail, status=error.status_code, headers=error.headers)
+    return envelope(request.scope, code=code, detail=detail, status=status, headers=error.headers)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:

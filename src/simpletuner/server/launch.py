@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from simpletuner.config.resolve import freeze
+from simpletuner.config.directories import Directories
+from simpletuner.config.environments import Environments
+from simpletuner.config.resolve import freeze, resolve
 from simpletuner.errors import UserError
 from simpletuner.job import ACTIVE, JobStatus, new_job_id
 from simpletuner.jobs.submit import Submission, Submitted, submit
-from simpletuner.server.asking import ADHOC, Asked, ask
+from simpletuner.server.asking import ADHOC, Asked, ask, known_options
 from simpletuner.server.core import Core
 from simpletuner.server.option_body import OptionBody
+from simpletuner.server.settings import ServerSettings
 from simpletuner.store.job_row import Claim
 from simpletuner.store.settings import ACTIVE_ENVIRONMENT
 
@@ -69,6 +72,14 @@ def launch(core: Core, asked: Asked, options: LaunchOptions) -> Launched:
     return Launched(
         submitted=submitted, config_name=name, config_written=core.settings.config_dir / name / "config.json"
     )
+
+
+def check_environment(settings: ServerSettings, name: str) -> None:
+    """Raises UserError when a start of environment `name` would be refused; opens nothing."""
+    environments = Environments(settings.config_dir)
+    known = known_options(environments.read(name).config.get("--model_family"))
+    directories = Directories(settings.workspace, settings.config_dir)
+    resolve([environments.layer(name, known)], directories, for_start=True).require()
 
 
 def launch_environment(core: Core, name: str) -> Submitted | None:

@@ -13,6 +13,7 @@ from simpletuner.config.json_text import duplicate_problems, read_json
 from simpletuner.config.option import OptionField
 from simpletuner.config.sources import Layer, layer_from_mapping, layer_from_pairs
 from simpletuner.errors import Problem, UserError
+from simpletuner.server.plain_json import check_plain
 
 LAYER = "request"
 JSON_TYPE = "application/json"
@@ -82,6 +83,10 @@ def _read_json(content: bytes) -> OptionBody:
         raise UserError("invalid_field", error.message) from error
     if not isinstance(value, dict):
         raise UserError("invalid_field", "The body must be a JSON object of options.")
+    try:
+        check_plain(cast(object, value))
+    except ValueError as error:
+        raise UserError("invalid_field", f"The body {error}.") from error
     return OptionBody(cast(dict[str, Any], value), problems=tuple(duplicate_problems(duplicates, name="The body")))
 
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing, contextmanager
 
 import uvicorn
@@ -17,6 +17,7 @@ import uvicorn
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.server.app import create_app
 from simpletuner.server.core import Core
+from simpletuner.server.launch import check_environment, launch_environment
 from simpletuner.server.settings import ServerSettings
 from simpletuner.server.streams import HEARTBEAT_S
 
@@ -27,27 +28,30 @@ def run_server(
     settings: ServerSettings,
     *,
     environ: Mapping[str, str] | None = None,
-    on_started: Callable[[Core], None] | None = None,
+    environment: str | None = None,
 ) -> None:
     """Serve until SIGTERM, SIGINT or a shutdown request; jobs run on.
 
-    Raises UserError with exit code 69 when the port is in use, 73 when the state directory is another server's or
-    cannot be written. `on_started` is called once the server answers.
+    `environment` is checked before the port opens, then activated and submitted once the server answers. Raises
+    UserError: exit code 64 when it would not start, 69 when the port is in use, 73 when the state directory is
+    another server's or cannot be written.
     """
+    if environment is not None:
+        check_environment(settings, environment)
     inherited = os.environ if environ is None else environ
     with _own_state(settings), _bind(settings) as listening, closing(Core.build(settings, inherited)) as core:
-        server = _Server(settings, core, on_started)
+        server = _Server(settings, core, environment)
         asyncio.run(server.serve(sockets=[listening]))
 
 
 class _Server(uvicorn.Server):
     """Ends its streams as soon as it is told to go: their listeners would otherwise hold it up."""
 
-    def __init__(self, settings: ServerSettings, core: Core, on_started: Callable[[Core], None] | None) -> None:
+    def __init__(self, settings: ServerSettings, core: Core, environment: str | None) -> None:
         self._core = core
         self._app = create_app(settings, core=core, request_shutdown=self._end)
         self._settings = settings
-        self._on_started = on_started
+        self._environment = environment
         config = uvicorn.Config(
             self._app,
             log_level=settings.log_level,
@@ -67,8 +71,8 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             print(f"SimpleTuner serves {self._settings.url}", file=sys.stderr, flush=True)
-            if self._on_started is not None:
-                await asyncio.to_thread(self._on_started, self._core)
+            if self._environment is not None:
+                await asyncio.to_thread(launch_environment, self._core, self._environment)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._core.feed.close()

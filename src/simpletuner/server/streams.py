@@ -11,6 +11,7 @@ from typing import Any
 from fastapi.responses import StreamingResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from simpletuner.errors import UserError
 from simpletuner.jobs.feed import Subscription
 from simpletuner.server.core import Core
 from simpletuner.server.event_view import EventView
@@ -19,6 +20,7 @@ from simpletuner.store.events import StoredEvent
 
 HEARTBEAT_S = 15.0
 SSE_RETRY_MS = 3000
+MOST_STREAMS = 1000
 REPLAY_PAGE = 500
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 GOING_AWAY = 1001
@@ -87,6 +89,12 @@ async def _replay(
             return
 
 
+def check_room(core: Core) -> None:
+    """Raises UserError `too_many_streams`."""
+    if core.feed.num_listeners >= MOST_STREAMS:
+        raise UserError("too_many_streams", f"{MOST_STREAMS} streams are open.", hint="Poll, or try again later.")
+
+
 def sse_answer(core: Core, wanted: EventFilter, since_index: int | None, view: EventView) -> StreamingResponse:
     async def frames() -> AsyncGenerator[str]:
         async for item in follow(core, wanted, since_index):
@@ -112,6 +120,9 @@ async def serve_socket(
 ) -> None:
     """Sends until the client goes; what it says is ignored. Pings are the protocol's own (`server/run.py`)."""
     await socket.accept()
+    if core.feed.num_listeners >= MOST_STREAMS:
+        await socket.close(TRY_AGAIN_LATER)
+        return
     sending = asyncio.create_task(_send_all(socket, core, wanted, since_index, view))
     listening = asyncio.create_task(_until_disconnect(socket))
     done, pending = await asyncio.wait({sending, listening}, return_when=asyncio.FIRST_COMPLETED)

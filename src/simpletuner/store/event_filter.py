@@ -9,7 +9,11 @@ from functools import cached_property
 
 from sqlalchemy import ColumnElement, and_, or_
 
+from simpletuner.errors import UserError
 from simpletuner.store.schema import events
+
+MOST_GLOBS = 50
+MOST_GLOB_CHARS = 64
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,11 @@ class EventFilter:
 
     @classmethod
     def parse(cls, *, job_id: str | None = None, types: Iterable[str] = ()) -> EventFilter:
-        """Each of `types` may be a comma list."""
+        """Each of `types` may be a comma list. Raises UserError `invalid_field` for more than a query can hold."""
         wanted = tuple(glob.strip() for part in types for glob in part.split(",") if glob.strip())
+        if len(wanted) > MOST_GLOBS or any(len(glob) > MOST_GLOB_CHARS for glob in wanted):
+            message = f"types takes at most {MOST_GLOBS} globs of at most {MOST_GLOB_CHARS} characters."
+            raise UserError("invalid_field", message, pointer="/types")
         return cls(job_id=job_id, types=wanted)
 
     def accepts(self, *, job_id: str | None, type_: str) -> bool:

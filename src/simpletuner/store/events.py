@@ -46,6 +46,13 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
+class _Batch:
+    """What came of some lines; none of them may have been readable."""
+
+    events: list[StoredEvent]
+
+
+@dataclass(frozen=True, slots=True)
 class OutboxEvent:
     id: str
     job_id: str | None
@@ -64,14 +71,14 @@ class EventStore:
         """
         stored: list[StoredEvent] = []
         while batch := self._tail_batch(job_id, journal):
-            stored += batch
+            stored += batch.events
         return stored
 
-    def _tail_batch(self, job_id: str, journal: Path) -> list[StoredEvent]:
+    def _tail_batch(self, job_id: str, journal: Path) -> _Batch | None:
         offset, seq = self._position(job_id)
         lines = list(islice(read_journal(journal, offset), TAIL_BATCH))
         if not lines:
-            return []
+            return None
         rows: list[dict[str, Any]] = []
         for _, line in lines:
             event = _parse(line)
@@ -87,9 +94,7 @@ class EventStore:
             )
             if moved.rowcount == 0:
                 connection.execute(insert(journals).values(job_id=job_id, **position))
-        if not stored:
-            return self._tail_batch(job_id, journal)
-        return stored
+        return _Batch(stored)
 
     def _position(self, job_id: str) -> tuple[int, int]:
         with self._database.read() as connection:

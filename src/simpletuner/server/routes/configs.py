@@ -19,6 +19,7 @@ from simpletuner.server.core import Core, CoreDep
 from simpletuner.server.environment_view import Findings, Meta, find_problems, show_environment
 from simpletuner.server.errors import error_responses
 from simpletuner.server.option_body import OptionBody
+from simpletuner.server.plain_json import PlainObject
 from simpletuner.server.routes.training import ValidateAnswer, show_problems
 
 router = APIRouter(prefix="/api/configs", tags=["configurations"])
@@ -69,7 +70,7 @@ class StoredConfigView(BaseModel):
 
 
 class PutConfig(_Body):
-    config: dict[str, Any] = Field(examples=[{"--learning_rate": 0.0001}])
+    config: PlainObject = Field(examples=[{"--learning_rate": 0.0001}])
     description: str | None = None
     tags: list[str] | None = None
     name: str | None = None

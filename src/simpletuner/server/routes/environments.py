@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +15,7 @@ from simpletuner.families.registry import load_spec
 from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.environment_view import Meta, starter_datasets
 from simpletuner.server.errors import ErrorItem, did_you_mean, error_responses
+from simpletuner.server.plain_json import PlainObject, PlainObjects
 from simpletuner.server.routes.configs import (
     EDIT_ERRORS,
     EXAMPLES,
@@ -80,7 +81,7 @@ class DataloaderView(BaseModel):
 
 
 class PutDataloader(_Body):
-    config: list[dict[str, Any]]
+    config: PlainObjects
 
 
 class NewDataloader(_Body):
@@ -97,7 +98,7 @@ class MadeDataloader(BaseModel):
 
 
 class ImportRequest(_Body):
-    data: dict[str, Any]
+    data: PlainObject
     name: str | None = None
     overwrite: bool = False
 
@@ -212,7 +213,7 @@ def get_dataloader(core: CoreDep, name: str, response: Response) -> DataloaderVi
 def put_dataloader(
     core: CoreDep,
     name: str,
-    body: PutDataloader | list[dict[str, Any]],
+    body: PutDataloader | PlainObjects,
     response: Response,
     if_match: IfMatch = None,
 ) -> DataloaderView:
@@ -280,7 +281,10 @@ def import_config(core: CoreDep, body: ImportRequest, response: Response) -> Edi
     name = body.name or notes.get("name")
     if not isinstance(name, str):
         raise UserError("invalid_field", "The import has no name.", hint="Send name.", pointer="/name")
-    datasets = body.data.get("dataloader") if is_export else None
+    written = body.data.get("dataloader") if is_export else None
+    if not isinstance(written, list | None):
+        raise UserError("invalid_field", "dataloader is not a list.", pointer="/data/dataloader")
+    datasets = cast(list[Any] | None, written)
     kept = {key: notes[key] for key in ("description", "tags") if key in notes}
     if body.overwrite and name in core.environments.names():
         core.environments.write(name, config)

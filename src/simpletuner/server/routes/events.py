@@ -14,7 +14,7 @@ from simpletuner.errors import UserError
 from simpletuner.server.core import Core, CoreDep
 from simpletuner.server.errors import error_responses
 from simpletuner.server.event_view import EventView, Images
-from simpletuner.server.streams import serve_socket, sse_answer
+from simpletuner.server.streams import check_room, serve_socket, sse_answer
 from simpletuner.store.event_filter import EventFilter
 
 router = APIRouter(prefix="/api", tags=["training"])
@@ -100,6 +100,7 @@ async def stream_events(
     """Events as they come, as server-sent events; with `Upgrade: websocket` the same over a WebSocket."""
     if since_index is None and last_event_id is not None and last_event_id.isdecimal():
         since_index = min(int(last_event_id), MOST_INDEX - 1) + 1
+    check_room(core)
     wanted = await asyncio.to_thread(job_filter, core, job_id, types)
     return sse_answer(core, wanted, since_index, EventView(core.settings.jobs_root, images))
 
@@ -125,7 +126,10 @@ def _add_stream_routes() -> None:
             operation_id="stream_events" if number == 0 else None,
             include_in_schema=number == 0,
             response_class=StreamingResponse,
-            responses={200: {"content": {"text/event-stream": {}}}, **error_responses("unknown_job")},
+            responses={
+                200: {"content": {"text/event-stream": {}}},
+                **error_responses("unknown_job", "too_many_streams"),
+            },
         )
         router.add_api_websocket_route(path, socket_events)
 
