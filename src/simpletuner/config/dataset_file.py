@@ -147,6 +147,9 @@ class _EntryReader:
                 values[key] = parsed
 
     def _fill(self, values: dict[str, Any], fields: set[str]) -> None:
+        if values.get("dataset_type") == "eval":
+            # A held-out loss is of the pictures as they are described: captions are not dropped unless asked for.
+            values.setdefault("caption_dropout_probability", 0.0)
         for key in INHERITED:
             if key in fields and key not in values and self._options.get(key) is not None:
                 values[key] = self._options[key]

@@ -1,4 +1,4 @@
-"""Rules between options. Each finds its problems alone, so that all are answered at once. training.md §1, api.md §2.4."""
+"""Rules between options. Each finds its problems alone, so that all are answered at once."""
 
 from __future__ import annotations
 

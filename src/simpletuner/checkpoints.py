@@ -1,0 +1,132 @@
+"""Checkpoint folders as files: which are there, which is complete, which is the latest. training.md §6.1–6.2.
+
+Torch-free: the trainer writes and reads through this module, the server lists through it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simpletuner.job import fsync_folder, write_atomic
+
+MANIFEST = "checkpoint_manifest.json"
+STATE = "training_state.json"
+_NAME = re.compile(r"^checkpoint-(\d+)$")
+_TEMPORARY = re.compile(r"^\.checkpoint-\d+-tmp$")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFolder:
+    """A folder with a checkpoint's name; `manifest` is None when it was never completed."""
+
+    path: Path
+    step: int
+    manifest: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def size_bytes(self) -> int:
+        files: dict[str, Any] = self.manifest["files"] if self.manifest else {}
+        return sum(entry["size"] for entry in files.values())
+
+    def read_state(self) -> dict[str, Any]:
+        return json.loads((self.path / STATE).read_text())
+
+
+def list_checkpoints(output_dir: Path) -> list[CheckpointFolder]:
+    """Newest step first. Folders of other names are nobody's business here."""
+    if not output_dir.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.match(path.name))]
+    return [CheckpointFolder(path, step, _read_manifest(path)) for step, path in sorted(found, reverse=True)]
+
+
+def find_faults(folder: Path) -> list[str]:
+    """What keeps a checkpoint from being whole: each sentence names a file. Empty for a good one."""
+    manifest = _read_manifest(folder)
+    if manifest is None:
+        return [f"{MANIFEST} is missing or unreadable"]
+    faults: list[str] = []
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{name} is missing")
+        elif path.stat().st_size != entry["size"]:
+            faults.append(f"{name} has {path.stat().st_size} bytes instead of {entry['size']}")
+        elif hash_file(path) != entry["sha256"]:
+            faults.append(f"{name} does not match its SHA-256")
+    return faults
+
+
+def temporary_folder(output_dir: Path, step: int) -> Path:
+    """An empty folder beside the checkpoint's place."""
+    folder = output_dir / f".checkpoint-{step}-tmp"
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def complete_checkpoint(folder: Path, output_dir: Path, step: int) -> CheckpointFolder:
+    """Fsync every file, write the manifest last, rename: from then on it is a checkpoint, before it is nothing."""
+    files: dict[str, Any] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": hash_file(path)}
+    for inner in (path for path in folder.rglob("*") if path.is_dir()):
+        fsync_folder(inner)
+    write_atomic(folder / MANIFEST, json.dumps({"step": step, "files": files}, indent=1).encode())
+    place = output_dir / f"checkpoint-{step}"
+    if place.exists():
+        shutil.rmtree(place)
+    folder.rename(place)
+    fsync_folder(output_dir)
+    return CheckpointFolder(place, step, _read_manifest(place))
+
+
+def prune_checkpoints(output_dir: Path, limit: int, keep: frozenset[str] = frozenset()) -> list[str]:
+    """Remove the oldest complete ones beyond `limit` (0: none); returns their names."""
+    if not limit:
+        return []
+    complete = [folder for folder in list_checkpoints(output_dir) if folder.manifest is not None]
+    old = [folder for folder in complete[limit:] if folder.name not in keep]
+    for folder in old:
+        # The manifest goes first: a removal that is cut short leaves no checkpoint that looks whole.
+        (folder.path / MANIFEST).unlink()
+        shutil.rmtree(folder.path)
+    return [folder.name for folder in old]
+
+
+def remove_temporary(output_dir: Path) -> None:
+    for path in _temporary(output_dir):
+        shutil.rmtree(path)
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _temporary(output_dir: Path) -> Iterator[Path]:
+    if output_dir.is_dir():
+        yield from (path for path in output_dir.iterdir() if _TEMPORARY.match(path.name))
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and "files" in manifest else None

@@ -1,0 +1,223 @@
+"""Batches from the caches, in the order of the epoch plan. training.md §3.7, §10.2.
+
+Legend: B samples, C H W latent, L tokens, D width of the embedding.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from simpletuner.data.cache import CacheStore, CorruptEntry, Entry
+from simpletuner.data.captions import choose_caption
+from simpletuner.data.geometry import Size
+from simpletuner.data.manifest import Manifest
+from simpletuner.data.plan import START, EpochPlan, Group, Position
+from simpletuner.data.plan import Entry as Use
+from simpletuner.data.prepare import LATENTS, latent_key, text_key
+from simpletuner.errors import ExitCode, UserError
+
+CollateText = Callable[[Sequence[Entry]], dict[str, Tensor]]
+"""The text entries of the samples of a batch → its tensors, first dimension B."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One rank's share of one group."""
+
+    latents_BCHW: Tensor
+    text: dict[str, Tensor]
+    samples: tuple[str, ...]
+    """`<dataset id>/<path>`: with `visits` the key of every random draw of a sample."""
+    visits: tuple[int, ...]
+    captions: tuple[str, ...]
+    """Effective captions used; empty where dropped."""
+    dataset_id: str
+    target: Size
+    """(width, height) of the pictures in pixels."""
+    position: Position
+    next_position: Position
+    """Where a run goes on that has used this batch."""
+    is_last_micro: bool = True
+    """Whether the optimizer steps after it."""
+
+    def to(self, device: torch.device) -> Batch:
+        """On the device. Does not wait for the copy where the batch is pinned."""
+        text = {name: tensor.to(device, non_blocking=True) for name, tensor in self.text.items()}
+        return replace(self, latents_BCHW=self.latents_BCHW.to(device, non_blocking=True), text=text)
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSource:
+    """A dataset whose latents are cached."""
+
+    manifest: Manifest
+    store: CacheStore
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextSource:
+    """Where the embeddings of all captions are, the empty one too."""
+
+    store: CacheStore
+    fingerprint: str
+
+
+def collate_prompts(entries: Sequence[Entry]) -> dict[str, Tensor]:
+    """Pads `prompt_embeds` (L, D) with zeros to the longest of the batch and adds `prompt_mask` (B, L), true on tokens.
+
+    Other tensors are stacked; they must be of one shape.
+    """
+    batch = {name: torch.stack([entry[name] for entry in entries]) for name in entries[0] if name != "prompt_embeds"}
+    if "prompt_embeds" in entries[0]:
+        embeds_LD = [entry["prompt_embeds"] for entry in entries]
+        lengths = torch.tensor([len(embeds) for embeds in embeds_LD])
+        batch["prompt_embeds"] = torch.nn.utils.rnn.pad_sequence(embeds_LD, batch_first=True)
+        batch["prompt_mask"] = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+    return batch
+
+
+class BatchReader:
+    """Makes a batch of any uses of a dataset's samples. Nothing is decoded: cached tensors are stacked."""
+
+    def __init__(
+        self,
+        latents: Mapping[str, LatentSource],
+        text: TextSource,
+        *,
+        seed: int,
+        collate_text: CollateText = collate_prompts,
+        pin_memory: bool = False,
+    ) -> None:
+        """`latents` by dataset id; `pin_memory`: for copies to a GPU that nobody waits for."""
+        self._latents = latents
+        self._text = text
+        self._seed = seed
+        self._collate_text = collate_text
+        self._pin_memory = pin_memory
+
+    def read(self, group: Group, uses: Sequence[Use]) -> Batch:
+        """The batch of `uses`, all of the group's dataset and bucket.
+
+        Raises CorruptEntry, or UserError `cache_entry_missing`.
+        """
+        source = self._latents[group.dataset_id]
+        manifest = source.manifest
+        samples = tuple(manifest.sample(use.sample) for use in uses)
+        captions = tuple(self._caption(manifest, use, sample) for use, sample in zip(uses, samples, strict=True))
+        latents = _get(source.store, [latent_key(manifest, use.sample, source.fingerprint) for use in uses])
+        texts = _get(self._text.store, [text_key(caption, self._text.fingerprint) for caption in captions])
+        latents_BCHW = torch.stack([entry[LATENTS] for entry in latents])
+        text = self._collate_text(texts)
+        if self._pin_memory:
+            latents_BCHW, text = latents_BCHW.pin_memory(), {name: tensor.pin_memory() for name, tensor in text.items()}
+        return Batch(
+            latents_BCHW=latents_BCHW,
+            text=text,
+            samples=samples,
+            visits=tuple(use.visit for use in uses),
+            captions=captions,
+            dataset_id=group.dataset_id,
+            target=group.bucket,
+            position=group.position,
+            next_position=group.next_position,
+        )
+
+    def _caption(self, manifest: Manifest, use: Use, sample: str) -> str:
+        variants = manifest.captions.of(use.sample)
+        dropout = manifest.dataset.caption_dropout_probability
+        choice = choose_caption(len(variants), dropout, seed=self._seed, sample=sample, visit=use.visit)
+        return "" if choice.is_dropped else manifest.captions.texts[variants[choice.variant]]
+
+
+def _get(store: CacheStore, keys: Sequence[str]) -> list[Entry]:
+    try:
+        return store.get(keys)
+    except KeyError as error:
+        raise UserError(
+            "cache_entry_missing",
+            f"The cache {store.root} has lost the entry {error.args[0]}.",
+            hint="Start the run again: what is missing is encoded before training.",
+            exit_code=ExitCode.DATA,
+        ) from error
+
+
+class Loader:
+    """This rank's batches from a position on, without end.
+
+    One worker thread makes them, `prefetch` batches ahead (0: when asked for): the batches are the same. A failure in
+    the worker is raised by the next call, also while good batches are waiting.
+    """
+
+    def __init__(
+        self,
+        plan: EpochPlan,
+        reader: BatchReader,
+        *,
+        position: Position = START,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        prefetch: int = 10,
+    ) -> None:
+        """`position` lies between optimizer steps: the first batch is the first of `accumulation` micro-batches."""
+        self._groups = plan.walk(position)
+        self._reader = reader
+        self._accumulation = accumulation
+        self._rank = rank
+        self._world_size = world_size
+        self._num_ahead = prefetch
+        self._num_made = 0
+        self._worker = ThreadPoolExecutor(1, "loader")
+        self._waiting: deque[Future[Batch]] = deque()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """Raises UserError `loader_failed` (70; 65 where the data is at fault), its cause the worker's own error."""
+        while len(self._waiting) <= self._num_ahead:
+            self._waiting.append(self._worker.submit(self._make))
+        for future in self._waiting:
+            if future.done() and (error := future.exception()):
+                raise _failure(error) from error
+        if error := self._waiting[0].exception():  # waits for it
+            raise _failure(error) from error
+        return self._waiting.popleft().result()
+
+    def close(self) -> None:
+        """Ends the worker, after the batch it is making."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _make(self) -> Batch:
+        group = next(self._groups)
+        batch = self._reader.read(group, group.of_rank(self._rank, self._world_size))
+        self._num_made += 1
+        return replace(batch, is_last_micro=self._num_made % self._accumulation == 0)
+
+
+def _failure(error: BaseException) -> UserError:
+    if isinstance(error, CorruptEntry):
+        hint = "Start the run again: the damaged entry is encoded anew before training."
+        return UserError(
+            "loader_failed", f"The next batch cannot be made: {error}.", hint=hint, exit_code=ExitCode.DATA
+        )
+    is_data = isinstance(error, UserError) and error.exit_code is ExitCode.DATA
+    return UserError(
+        "loader_failed",
+        f"The next batch cannot be made: {error or type(error).__name__}",
+        hint=error.hint if isinstance(error, UserError) else "This is a bug; please report it with its traceback.",
+        exit_code=ExitCode.DATA if is_data else ExitCode.BUG,
+    )

@@ -1,0 +1,238 @@
+"""All files found of one dataset and what becomes of each, as columns. training.md §3. Torch-free.
+
+A row is a picture found; its number is the *sample* number of the epoch plan. One million rows take about 0.4 GB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simpletuner.config.dataset_options import PictureDataset
+from simpletuner.data.captions import CaptionDefect, Captions, Variants, sample_name
+from simpletuner.data.geometry import DropReason, ResizePlan, Size, plan_resize
+from simpletuner.data.keys import word
+from simpletuner.data.media import UnreadablePicture
+from simpletuner.data.plan import Members, PlannedSet
+from simpletuner.data.scan import Scan
+from simpletuner.data.storage import DataBackend, FileStat, LocalBackend, picture_extensions, split_extension, stem_of
+from simpletuner.data.table import CaptionTable, read_table
+
+Tokenizer = Callable[[Sequence[str]], Sequence[tuple[int, bool]]]
+"""Captions → (tokens used, whether the caption was cut short) of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionColumn:
+    """Variants of every row; each distinct effective caption is held once."""
+
+    texts: list[str]
+    """Distinct effective captions."""
+    starts: NDArray[np.int64]
+    """Row n owns `ids[starts[n]:starts[n + 1]]`; length rows + 1."""
+    ids: NDArray[np.int32]
+    """Places in `texts`."""
+    tokens: NDArray[np.int32] | None = None
+    """Tokens of each of `texts`, if a tokenizer was given; `truncated` likewise."""
+    truncated: NDArray[np.bool_] | None = None
+
+    def of(self, row: int) -> list[int]:
+        """Places in `texts` of the row's variants."""
+        return self.ids[self.starts[row] : self.starts[row + 1]].tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    dataset: PictureDataset
+    backend: DataBackend
+    paths: list[str]
+    num_bytes: NDArray[np.int64]
+    reasons: list[DropReason | None]
+    """None = kept."""
+    details: dict[int, str]
+    """What is wrong with a defective row, in words."""
+    geometry: NDArray[np.int32]
+    """Rows × (source W, H, resized W, H, box left, top, target W, H); zeros where unknown."""
+    scales: NDArray[np.float64]
+    """Rows × (upscale, stretch)."""
+    contents: NDArray[np.uint8]
+    """Rows × 32: SHA-256 of the file's bytes, zeros where it is dropped."""
+    captions: CaptionColumn
+    kept: NDArray[np.int32] = field(init=False)
+    """Numbers of the kept rows, ascending."""
+
+    def __post_init__(self) -> None:
+        kept = np.asarray([row for row, reason in enumerate(self.reasons) if reason is None], np.int32)
+        object.__setattr__(self, "kept", kept)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def plan(self, row: int) -> ResizePlan:
+        """The stored plan of a row that has one."""
+        width, height, resized_w, resized_h, left, top, target_w, target_h = self.geometry[row].tolist()
+        upscale, stretch = self.scales[row].tolist()
+        box = (left, top, left + target_w, top + target_h)
+        return ResizePlan((width, height), (resized_w, resized_h), box, (target_w, target_h), upscale, stretch)
+
+    def target(self, row: int) -> Size | None:
+        width, height = self.geometry[row, 6:].tolist()
+        return (width, height) if width else None
+
+    def content(self, row: int) -> bytes:
+        return self.contents[row].tobytes()
+
+    def sample(self, row: int) -> str:
+        """Name of the row in the counter streams."""
+        return sample_name(self.dataset.id, self.paths[row])
+
+    def buckets(self) -> dict[Size, Members]:
+        """Kept rows by target size."""
+        targets, bucket_of = np.unique(self.geometry[self.kept, 6:], axis=0, return_inverse=True)
+        return {
+            (int(width), int(height)): self.kept[bucket_of.reshape(-1) == number]
+            for number, (width, height) in enumerate(targets.tolist())
+        }
+
+    def planned_set(self) -> PlannedSet:
+        return PlannedSet(self.dataset.id, self.buckets(), self.dataset.repeats, self.dataset.probability)
+
+    def effective_captions(self) -> list[str]:
+        """Distinct captions of the kept rows: all that must be encoded."""
+        used = np.zeros(len(self.captions.texts), np.bool_)
+        for row in self.kept.tolist():
+            used[self.captions.of(row)] = True
+        return [text for text, is_used in zip(self.captions.texts, used.tolist(), strict=True) if is_used]
+
+    def without(self, unreadable: Mapping[int, str]) -> Manifest:
+        """The same with rows dropped that turned out to be broken, each with what is wrong."""
+        if not unreadable:
+            return self
+        reasons = [DropReason.UNREADABLE if row in unreadable else reason for row, reason in enumerate(self.reasons)]
+        return replace(self, reasons=reasons, details=self.details | dict(unreadable))
+
+
+def discover(
+    dataset: PictureDataset,
+    *,
+    alignment: int,
+    cache_dir: Path,
+    tokenizer: Tokenizer | None = None,
+    backend: DataBackend | None = None,
+) -> Manifest:
+    """Scan a dataset and plan each picture, in bytewise order of paths. Decodes nothing.
+
+    `cache_dir` keeps what was learnt of the files, so that an unchanged folder is scanned without opening any.
+    Raises UserError where the folder or the caption table cannot be read.
+    """
+    backend = backend or LocalBackend(Path(dataset.instance_data_dir))
+    table = read_table(dataset.parquet, Path(backend.root)) if dataset.parquet else None
+    scan = Scan(backend, cache_dir)
+    extensions = picture_extensions()
+    files = [file for file in scan.files if split_extension(file.path)[1].lower() in extensions]
+    rows = _Rows(dataset, files)
+    rows.plan(_sizes(scan, files, table if dataset.metadata_backend == "parquet" else None), alignment)
+    rows.take_subset()
+    captions = Captions(dataset, names=scan.names, read_text=scan.text, table=table)
+    variants = rows.caption(captions)
+    contents = rows.hash(scan)
+    scan.remember()
+    return Manifest(
+        dataset,
+        backend,
+        [file.path for file in files],
+        np.asarray([file.num_bytes for file in files], np.int64),
+        rows.reasons,
+        rows.details,
+        rows.geometry,
+        rows.scales,
+        contents,
+        _caption_column(variants, tokenizer),
+    )
+
+
+def _sizes(scan: Scan, files: Sequence[FileStat], table: CaptionTable | None) -> list[Size | UnreadablePicture]:
+    """Sizes from the table where it has them, else from the headers."""
+    if table is None:
+        return scan.sizes(files)
+    known = [table.size(file.path) for file in files]
+    others = iter(scan.sizes([file for file, size in zip(files, known, strict=True) if size is None]))
+    return [next(others) if size is None else size for size in known]
+
+
+class _Rows:
+    """The columns while they are being filled; each step works on the rows that are still kept."""
+
+    def __init__(self, dataset: PictureDataset, files: Sequence[FileStat]) -> None:
+        self.dataset = dataset
+        self.files = files
+        self.reasons: list[DropReason | None] = [None] * len(files)
+        self.details: dict[int, str] = {}
+        self.geometry = np.zeros((len(files), 8), np.int32)
+        self.scales = np.zeros((len(files), 2), np.float64)
+
+    def plan(self, sizes: Iterable[Size | UnreadablePicture], alignment: int) -> None:
+        for row, size in enumerate(sizes):
+            if isinstance(size, UnreadablePicture):
+                self._drop(row, DropReason.UNREADABLE, str(size))
+                continue
+            plan = plan_resize(*size, stem=stem_of(self.files[row].path), dataset=self.dataset, alignment=alignment)
+            if isinstance(plan, DropReason):
+                self.geometry[row, :2] = size
+                self.reasons[row] = plan
+                continue
+            self.geometry[row] = (*size, *plan.resized, *plan.box[:2], *plan.target)
+            self.scales[row] = (plan.upscale, plan.stretch)
+
+    def take_subset(self) -> None:
+        """Keep the first n by hash of those that are usable: the same n, wherever the folder lies."""
+        limit = self.dataset.max_num_samples
+        if limit is None:
+            return
+        order = sorted(self._kept(), key=lambda row: word("subset", self.dataset.id, self.files[row].path))
+        for row in order[limit:]:
+            self.reasons[row] = DropReason.NOT_IN_SUBSET
+
+    def caption(self, captions: Captions) -> list[Variants]:
+        variants: list[Variants] = [()] * len(self.files)
+        for row in self._kept():
+            found = captions.of(self.files[row].path)
+            if isinstance(found, CaptionDefect):
+                self._drop(row, found.reason, found.detail)
+            else:
+                variants[row] = found
+        return variants
+
+    def hash(self, scan: Scan) -> NDArray[np.uint8]:
+        contents = np.zeros((len(self.files), 32), np.uint8)
+        kept = self._kept()
+        for row, content in zip(kept, scan.contents([self.files[row] for row in kept]), strict=True):
+            if isinstance(content, bytes):
+                contents[row] = np.frombuffer(content, np.uint8)
+            else:
+                self._drop(row, DropReason.UNREADABLE, str(content))
+        return contents
+
+    def _kept(self) -> list[int]:
+        return [row for row, reason in enumerate(self.reasons) if reason is None]
+
+    def _drop(self, row: int, reason: DropReason, detail: str) -> None:
+        self.reasons[row] = reason
+        self.details[row] = detail
+
+
+def _caption_column(variants: Sequence[Variants], tokenizer: Tokenizer | None) -> CaptionColumn:
+    places: dict[str, int] = {}
+    ids = np.asarray([places.setdefault(text, len(places)) for texts in variants for text in texts], np.int32)
+    starts = np.zeros(len(variants) + 1, np.int64)
+    np.cumsum([len(texts) for texts in variants], out=starts[1:])
+    texts = list(places)
+    if tokenizer is None or not texts:
+        return CaptionColumn(texts, starts, ids)
+    counts = tokenizer(texts)
+    tokens = np.asarray([count for count, _ in counts], np.int32)
+    return CaptionColumn(texts, starts, ids, tokens, np.asarray([is_cut for _, is_cut in counts], np.bool_))

@@ -1,0 +1,42 @@
+"""Encoders shared by families: autoencoder latents, and T5 text through an official pipeline's own preparation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor
+
+
+def fingerprint(**facts: Any) -> str:
+    """A name for all that an encoder's output depends on."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+class AutoencoderLatents:
+    """KL autoencoder: a sample of the posterior whose noise comes from the entry's key, shifted and scaled."""
+
+    def __init__(self, vae: AutoencoderKL, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+        self._vae = vae
+        self._scale: float = vae.config["scaling_factor"]
+        self._shift: float = vae.config.get("shift_factor") or 0.0
+
+    @torch.inference_mode()
+    def encode(self, pixels_BCHW: Tensor, keys: Sequence[str]) -> list[Tensor]:
+        """uint8 pixels (B, 3, H, W) → latents (C, H/8, W/8) each, on the CPU, in the autoencoder's type."""
+        pixels = pixels_BCHW.to(self._vae.device, non_blocking=True).to(self._vae.dtype) / 127.5 - 1
+        posterior = self._vae.encode(pixels, return_dict=False)[0]
+        noise = torch.stack([_key_noise(key, posterior.mean.shape[1:]) for key in keys])
+        sample = posterior.mean.float() + posterior.std.float() * noise.to(self._vae.device)
+        latents = ((sample - self._shift) * self._scale).to(self._vae.dtype).cpu()
+        return [row.clone() for row in latents]
+
+
+def _key_noise(key: str, shape: torch.Size) -> Tensor:
+    generator = torch.Generator().manual_seed(int(key[:15], 16))
+    return torch.randn(shape, generator=generator)

@@ -1,0 +1,200 @@
+"""PixArt Sigma in torch terms: diffusers' own classes, text cut to its unmasked tokens. training.md §4.3."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import PixArtSigmaPipeline
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from PIL import Image
+from torch import Tensor, nn
+from transformers import T5EncoderModel, T5Tokenizer
+
+from simpletuner.config.train_config import TrainConfig
+from simpletuner.data.loader import Batch
+from simpletuner.families.base import DTYPES, Draw, ImageRequest
+from simpletuner.families.encoders import AutoencoderLatents, fingerprint
+from simpletuner.families.repository import Repository
+from simpletuner.families.samplers import build_sampler
+from simpletuner.families.spec import FamilySpec
+
+TOKENS = 300
+
+
+class T5Captions:
+    """The official pipeline's preparation (captions cleaned twice) and its T5, batched and trimmed."""
+
+    def __init__(self, tokenizer: T5Tokenizer, encoder: T5EncoderModel, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+        self._encoder = encoder
+        self._tokenizer = tokenizer
+        self._pipeline = PixArtSigmaPipeline(tokenizer, encoder, None, None, None)  # pyright: ignore[reportArgumentType]
+
+    @torch.inference_mode()
+    def encode(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        """One `{"prompt_embeds": (tokens, D)}` a caption, unmasked tokens only: the rest cannot reach the network."""
+        cleaned = self._pipeline._text_preprocessing(list(captions), clean_caption=True)  # pyright: ignore[reportPrivateUsage]
+        tokens = self._tokenizer(cleaned, padding="longest", max_length=TOKENS, truncation=True, return_tensors="pt")
+        mask = tokens.attention_mask
+        states = self._encoder(tokens.input_ids.to(self._encoder.device), attention_mask=mask.to(self._encoder.device))[
+            0
+        ]
+        states = states.to("cpu")
+        return [{"prompt_embeds": row[: int(keep.sum())].clone()} for row, keep in zip(states, mask, strict=True)]
+
+    @torch.inference_mode()
+    def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
+        """`prompt_embeds` (300, D) and `prompt_attention_mask` (300,)."""
+        embeds, mask, _, _ = self._pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, clean_caption=True)
+        return {"prompt_embeds": embeds[0].cpu(), "prompt_attention_mask": mask[0].cpu()}
+
+
+class PixArtSigma:
+    """See `families.base.Family`."""
+
+    def __init__(self, config: TrainConfig, spec: FamilySpec) -> None:
+        self.spec = spec
+        model = config.model
+        self._config = config
+        self._repository = Repository(
+            model.pretrained_model_name_or_path, revision=model.revision, variant=model.variant
+        )
+        self._vae = self._override(model.pretrained_vae_model_name_or_path)
+        self._transformer = self._override(model.pretrained_transformer_model_name_or_path)
+        self.weight_dtype = weight_dtype(config)
+        self._text_dtype = DTYPES[config.precision.base_model_default_dtype]
+
+    def _override(self, name: str | None) -> Repository:
+        return Repository(name, variant=self._repository.variant) if name else self._repository
+
+    def load_denoiser(self, folder: Path | None = None) -> nn.Module:
+        source = folder or self._transformer.part(self._config.model.pretrained_transformer_subfolder)
+        variant = None if folder else self._transformer.variant
+        return PixArtTransformer2DModel.from_pretrained(source, torch_dtype=self.weight_dtype, variant=variant)
+
+    def picture_fingerprint(self) -> str:
+        return fingerprint(kind="AutoencoderKL", files=self._vae.hash_of(["vae"]), dtype=self._config.model.vae_dtype)
+
+    def load_picture_encoder(self, device: torch.device) -> AutoencoderLatents:
+        return AutoencoderLatents(self._load_vae(device), self.picture_fingerprint())
+
+    def caption_fingerprint(self) -> str:
+        files = self._repository.hash_of(["text_encoder", "tokenizer"])
+        return fingerprint(
+            kind="T5EncoderModel", files=files, dtype=str(self._text_dtype), tokens=TOKENS, cleaning="official ×2"
+        )
+
+    def load_caption_encoder(self, device: torch.device) -> T5Captions:
+        tokenizer = T5Tokenizer.from_pretrained(self._repository.part("tokenizer"))
+        source, variant = self._repository.part("text_encoder"), self._repository.variant
+        encoder = T5EncoderModel.from_pretrained(source, dtype=self._text_dtype, variant=variant)
+        return T5Captions(tokenizer, encoder.to(device).eval(), self.caption_fingerprint())  # pyright: ignore[reportArgumentType]
+
+    def scheduler_config(self) -> dict[str, Any]:
+        return self._repository.config("scheduler")
+
+    def collate_text(self, entries: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """`prompt_embeds` (B, L, D) padded to the longest of the batch; `prompt_mask` (B, L) unless all are equal."""
+        rows = [entry["prompt_embeds"] for entry in entries]
+        longest = max(len(row) for row in rows)
+        if all(len(row) == longest for row in rows):
+            return {"prompt_embeds": torch.stack(rows)}
+        embeds = rows[0].new_zeros(len(rows), longest, rows[0].shape[-1])
+        mask = torch.zeros(len(rows), longest, dtype=torch.long)
+        for i, row in enumerate(rows):
+            embeds[i, : len(row)] = row
+            mask[i, : len(row)] = 1
+        return {"prompt_embeds": embeds, "prompt_mask": mask}
+
+    def predict(self, denoiser: nn.Module, noisy_BCHW: Tensor, t_B: Tensor, batch: Batch) -> Tensor:
+        """ε (B, 4, H, W). Of the 8 output channels the last four, a learned variance, are not trained."""
+        output = denoiser(
+            noisy_BCHW.to(self.weight_dtype),
+            encoder_hidden_states=batch.text["prompt_embeds"].to(self.weight_dtype),
+            encoder_attention_mask=batch.text.get("prompt_mask"),
+            timestep=t_B,
+            added_cond_kwargs=self._size_conditions(denoiser, noisy_BCHW),
+            return_dict=False,
+        )[0]
+        return output[:, : noisy_BCHW.shape[1]]
+
+    def validation_pipeline(self, denoiser: nn.Module, device: torch.device) -> Draw:
+        """The official pipeline, resolution binning off, so that the size that is asked for is the size that comes."""
+        scheduler = build_sampler(
+            self.scheduler_config(),
+            self._config.validation.validation_noise_scheduler,
+            self._config.model.prediction_type,
+        )
+        pipeline = PixArtSigmaPipeline(None, None, self._load_vae(device), denoiser, scheduler)  # pyright: ignore[reportArgumentType]
+        pipeline.set_progress_bar_config(disable=True)
+
+        def draw(request: ImageRequest) -> Image.Image:
+            return draw_image(pipeline, request, device)
+
+        return draw
+
+    def export_pipeline(self, folder: Path, denoiser: nn.Module) -> None:
+        folder.mkdir(parents=True)
+        denoiser.save_pretrained(folder / "transformer")  # pyright: ignore[reportCallIssue]
+        for part in ("scheduler", "text_encoder", "tokenizer", "vae"):
+            source = self._vae if part == "vae" else self._repository
+            shutil.copytree(source.part(part), folder / part)
+        index = {
+            "_class_name": "PixArtSigmaPipeline",
+            "scheduler": [
+                "diffusers",
+                self.scheduler_config().get("_class_name", DPMSolverMultistepScheduler.__name__),
+            ],
+            "text_encoder": ["transformers", "T5EncoderModel"],
+            "tokenizer": ["transformers", "T5Tokenizer"],
+            "transformer": ["diffusers", "PixArtTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        }
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def _load_vae(self, device: torch.device) -> AutoencoderKL:
+        dtype = DTYPES.get(self._config.model.vae_dtype)
+        vae = AutoencoderKL.from_pretrained(self._vae.part("vae"), torch_dtype=dtype, variant=self._vae.variant)
+        vae.to(device)  # pyright: ignore[reportArgumentType]
+        return vae.eval()
+
+    def _size_conditions(self, denoiser: nn.Module, noisy_BCHW: Tensor) -> dict[str, Tensor | None]:
+        """Height, width and aspect in pixels, for the checkpoints that are conditioned on them."""
+        if not denoiser.config["use_additional_conditions"]:  # pyright: ignore[reportIndexIssue, reportArgumentType]
+            return {"resolution": None, "aspect_ratio": None}
+        batch, _, height, width = noisy_BCHW.shape
+        stride = self.spec.latent.stride
+        size = torch.tensor([[height * stride, width * stride]], dtype=noisy_BCHW.dtype, device=noisy_BCHW.device)
+        aspect = torch.tensor([[height / width]], dtype=noisy_BCHW.dtype, device=noisy_BCHW.device)
+        return {"resolution": size.repeat(batch, 1), "aspect_ratio": aspect.repeat(batch, 1)}
+
+
+def draw_image(pipeline: Any, request: ImageRequest, device: torch.device) -> Image.Image:
+    """One image; the start noise is drawn on the CPU, so that a seed means the same everywhere."""
+    prompt, negative = request.prompt, request.negative
+    return pipeline(
+        prompt=None,
+        negative_prompt=None,
+        prompt_embeds=prompt["prompt_embeds"][None].to(device),
+        prompt_attention_mask=prompt["prompt_attention_mask"][None].to(device),
+        negative_prompt_embeds=negative["prompt_embeds"][None].to(device),
+        negative_prompt_attention_mask=negative["prompt_attention_mask"][None].to(device),
+        width=request.width,
+        height=request.height,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
+        generator=torch.Generator().manual_seed(request.seed),
+        use_resolution_binning=False,
+    ).images[0]
+
+
+def weight_dtype(config: TrainConfig) -> torch.dtype:
+    """`base_model_precision` where it names a type, else `base_model_default_dtype`."""
+    return DTYPES.get(config.precision.base_model_precision, DTYPES[config.precision.base_model_default_dtype])

@@ -1,0 +1,100 @@
+"""`python -m simpletuner.train JOB_DIR`: the trainer process, and the edge where its errors become events."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from pathlib import Path
+
+from simpletuner.errors import ExitCode, UserError
+from simpletuner.events import TrainingStatusData
+from simpletuner.job import JobDir
+from simpletuner.train.report import Reporter
+from simpletuner.train.requests import Ended, RequestReader
+
+
+def main(folder: str) -> ExitCode:
+    job = JobDir(Path(folder))
+    journal = job.open_journal()
+    reporter = Reporter(journal, job.artifacts)
+    requests = RequestReader(job)
+    requests.listen_to_signals()
+    try:
+        import diffusers
+        import transformers
+
+        from simpletuner.train.run import execute
+
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        return execute(job, reporter, requests)
+    except Ended as ended:
+        reporter.fail_stages()
+        status = "cancelled" if ended.mode == "cancel" else "stopped"
+        reason = f"Asked to {ended.mode} before the first step."
+        reporter.status(TrainingStatusData(status=status, global_step=0, total_num_steps=0, reason=reason))
+        return ExitCode.STOPPED
+    except UserError as error:
+        return _fail(reporter, error)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(reporter, _disk_full(error))
+        return _bug(reporter, error)
+    except MemoryError as error:
+        return _fail(reporter, _out_of_memory(error))
+    except Exception as error:  # noqa: BLE001 - the edge: a bug becomes an event, with its traceback
+        if type(error).__name__ == "OutOfMemoryError":
+            return _fail(reporter, _out_of_memory(error))
+        return _bug(reporter, error)
+
+
+def _fail(reporter: Reporter, error: UserError) -> ExitCode:
+    print(f"{error.code}: {error.message}\n{error.hint}", file=sys.stderr, flush=True)
+    _end(reporter, error)
+    return error.exit_code
+
+
+def _bug(reporter: Reporter, error: BaseException) -> ExitCode:
+    traceback.print_exception(error)
+    told = UserError(
+        "bug", f"{type(error).__name__}: {error}", hint="Please report it with its traceback.", exit_code=ExitCode.BUG
+    )
+    _end(reporter, told, traceback="".join(traceback.format_exception(error)))
+    return ExitCode.BUG
+
+
+def _end(reporter: Reporter, error: UserError, **data: str) -> None:
+    """Stage, abort, status, and last of all the error itself."""
+    reporter.fail_stages()
+    with reporter.stage("training_abort", "Ending early"):
+        pass
+    code = int(error.exit_code)
+    reporter.status(
+        TrainingStatusData(status="failed", global_step=0, total_num_steps=0, reason=error.message, exit_code=code)
+    )
+    problems = [problem.as_dict() for problem in error.problems]
+    reporter.error(error, exit_code=code, problems=problems, **data)
+
+
+def _disk_full(error: OSError) -> UserError:
+    return UserError(
+        "disk_full",
+        f"The disk is full: {error}",
+        hint="Make room; complete checkpoints are whole.",
+        exit_code=ExitCode.STORAGE,
+    )
+
+
+def _out_of_memory(error: BaseException) -> UserError:
+    return UserError(
+        "out_of_memory",
+        f"Memory ran out: {error}",
+        hint="Try --gradient_checkpointing true, a smaller --train_batch_size with more "
+        "--gradient_accumulation_steps, or a smaller --resolution.",
+        exit_code=ExitCode.OUT_OF_MEMORY,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

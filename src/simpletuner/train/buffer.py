@@ -1,0 +1,95 @@
+"""Trained weights and their gradients as flat buffers, one pair per dtype.
+
+Every parameter and every gradient is a view into its buffer, so the optimizer, clipping, the moving average and the
+non-finite check are a handful of operations however many tensors a model has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_ALIGNMENT = 32
+"""Elements that each tensor's start is a multiple of, so that vectorised kernels see aligned views."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A parameter's place in its buffer."""
+
+    name: str
+    start: int
+    shape: torch.Size
+
+
+class FlatParameters:
+    """The trained parameters of one dtype: `weights` and `grads`, 1-D, equal in length and type."""
+
+    def __init__(self, named: list[tuple[str, nn.Parameter]]) -> None:
+        self.slots: list[Slot] = []
+        start = 0
+        for name, parameter in named:
+            self.slots.append(Slot(name, start, parameter.shape))
+            start += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+        first = named[0][1]
+        self.weights = torch.zeros(start, dtype=first.dtype, device=first.device)
+        self.grads = torch.zeros_like(self.weights)
+        for slot, (_, parameter) in zip(self.slots, named, strict=True):
+            view = self.view(self.weights, slot)
+            view.copy_(parameter.detach())
+            parameter.data = view
+            parameter.grad = self.view(self.grads, slot)
+
+    @staticmethod
+    def view(buffer: Tensor, slot: Slot) -> Tensor:
+        return buffer[slot.start : slot.start + slot.shape.numel()].view(slot.shape)
+
+    def named_views(self, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The parts of any buffer of this layout, by parameter name."""
+        for slot in self.slots:
+            yield slot.name, self.view(buffer, slot)
+
+    @property
+    def layout(self) -> str:
+        """A hash of names, shapes, places and type: state of another layout is foreign."""
+        rows = [f"{slot.name}:{tuple(slot.shape)}:{slot.start}" for slot in self.slots]
+        return hashlib.sha256("\n".join([str(self.weights.dtype), *rows]).encode()).hexdigest()
+
+
+def build_buffers(module: nn.Module) -> list[FlatParameters]:
+    """Move the parameters that require gradients into flat buffers, grouped by dtype in order of first appearance."""
+    groups: dict[torch.dtype, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(parameter.dtype, []).append((name, parameter))
+    return [FlatParameters(named) for named in groups.values()]
+
+
+@dataclass(frozen=True, slots=True)
+class Clipping:
+    """What is to be done with the gradients of a step; scalars on the device, nothing is waited for."""
+
+    norm: Tensor
+    """2-norm over all buffers before clipping, fp32."""
+    scale: Tensor
+    """Factor ≤ 1 that brings the norm to the limit; optimizers apply it in fp32."""
+    finite: Tensor
+    """Whether the norm is a number; if not, the update must change nothing."""
+
+
+@torch.no_grad()
+def clip_gradients(buffers: list[FlatParameters], limit: float, method: str) -> Clipping:
+    """`norm`: g·min(1, limit/‖g‖₂) over all buffers; `value`: each element to ±limit, in place. Limit 0: never."""
+    norms = [torch.linalg.vector_norm(buffer.grads, dtype=torch.float32) for buffer in buffers]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    scale = torch.ones_like(norm)
+    if limit and method == "norm":
+        scale = (limit / norm).clamp(max=1.0)
+    elif limit:
+        for buffer in buffers:
+            buffer.grads.clamp_(-limit, limit)
+    return Clipping(norm, scale, torch.isfinite(norm))

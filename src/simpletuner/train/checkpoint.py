@@ -1,0 +1,260 @@
+"""Saving and resuming a run: what goes into a checkpoint, and how a run finds itself again. training.md §6."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.models.modeling_utils import ModelMixin
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from simpletuner import __version__
+from simpletuner.checkpoints import (
+    STATE,
+    CheckpointFolder,
+    complete_checkpoint,
+    find_faults,
+    list_checkpoints,
+    prune_checkpoints,
+    temporary_folder,
+)
+from simpletuner.config.train_config import TrainConfig
+from simpletuner.errors import ExitCode, UserError
+from simpletuner.events import Checkpoint
+from simpletuner.train.report import Reporter
+from simpletuner.train.state import TrainState, restore_rng, rng_tensors
+from simpletuner.train.update import Update
+
+DENOISER = "transformer"
+OPTIMIZER = "optimizer-rank0.safetensors"
+RNG = "rng-rank0.safetensors"
+
+
+class CheckpointSaver:
+    """Writes checkpoints of one run. A full disk costs one save, not the run; the second time in a row it ends it."""
+
+    def __init__(self, output_dir: Path, limit: int, facts: Mapping[str, Any], reporter: Reporter) -> None:
+        self._output_dir = output_dir
+        self._limit = limit
+        self._facts = dict(facts)
+        self._reporter = reporter
+        self._failures = 0
+        self._last_bytes = 0
+        self.resumed_from: str | None = None
+        """Kept until the next save."""
+
+    def save(
+        self,
+        denoiser: nn.Module,
+        update: Update,
+        state: TrainState,
+        *,
+        is_final: bool = False,
+        request_ids: tuple[str, ...] = (),
+    ) -> None:
+        """Raises UserError `disk_full` (73) when the disk was full the last time too."""
+        started_at = time.monotonic()
+        with self._reporter.stage("checkpoint_save", "Saving a checkpoint"):
+            try:
+                self._check_space()
+                folder = self._write(denoiser, update, state)
+            except OSError as error:
+                self._on_failure(state, error)
+                return
+        self._failures, self._last_bytes = 0, folder.size_bytes
+        seconds = round(time.monotonic() - started_at, 3)
+        event = Checkpoint(
+            path=str(folder.path),
+            label=folder.name,
+            step=state.step,
+            is_final=is_final,
+            bytes=folder.size_bytes,
+            seconds=seconds,
+        )
+        for request_id in request_ids or (None,):
+            self._reporter.checkpoint(event, request_id)
+        prune_checkpoints(self._output_dir, self._limit)
+        self.resumed_from = None
+
+    def _write(self, denoiser: nn.Module, update: Update, state: TrainState) -> CheckpointFolder:
+        folder = temporary_folder(self._output_dir, state.step)
+        try:
+            save_module(denoiser, folder / DENOISER)
+            if update.ema is not None:
+                save_ema(denoiser, update, folder / f"{DENOISER}_ema")
+            save_file(update.state_tensors(), folder / OPTIMIZER)
+            save_file(rng_tensors(), folder / RNG)
+            record = {**state.as_dict(), **self._facts, "layout": update.layout, "versions": versions()}
+            (folder / STATE).write_text(json.dumps(record, indent=1))
+            (folder / "README.md").write_text(_readme(state, self._facts))
+            return complete_checkpoint(folder, self._output_dir, state.step)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _check_space(self) -> None:
+        free = shutil.disk_usage(self._output_dir).free
+        if free < self._last_bytes * 1.1:
+            raise OSError(28, f"{free} bytes are free, the last checkpoint took {self._last_bytes}")
+
+    def _on_failure(self, state: TrainState, error: OSError) -> None:
+        self._failures += 1
+        message = f"The checkpoint of step {state.step} could not be saved: {error.strerror or error}."
+        hint = f"Make room in {self._output_dir}; earlier checkpoints are whole."
+        if self._failures > 1:
+            raise UserError("disk_full", message, hint=hint, exit_code=ExitCode.STORAGE) from error
+        self._reporter.warn("checkpoint_failed", message, hint=hint)
+
+
+def save_module(module: nn.Module, folder: Path) -> None:
+    if not isinstance(module, ModelMixin):
+        raise TypeError(f"{type(module).__name__} is no diffusers model")
+    module.save_pretrained(folder)
+
+
+def save_ema(denoiser: nn.Module, update: Update, folder: Path) -> None:
+    """The moving average as a loadable diffusers model, in fp32."""
+    assert update.ema is not None
+    tensors = {name: value.detach().clone() for name, value in denoiser.state_dict().items()}
+    tensors |= {name: value.contiguous() for name, value in update.ema.named_tensors()}
+    folder.mkdir()
+    assert isinstance(denoiser, ModelMixin)
+    denoiser.save_config(folder)
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePoint:
+    folder: CheckpointFolder
+    state: TrainState
+    record: dict[str, Any]
+
+
+def find_resume_point(option: str | None, output_dir: Path, reporter: Reporter) -> ResumePoint | None:
+    """The checkpoint that `resume_from_checkpoint` means, verified byte for byte; None for a fresh start.
+
+    Raises UserError `checkpoint_not_found` (64) when one was named and is not there or not whole.
+    """
+    if option is None:
+        return None
+    if option == "latest":
+        return _find_latest(output_dir, reporter)
+    path = Path(option) if Path(option).is_absolute() else output_dir / option
+    named = [folder for folder in list_checkpoints(path.parent) if folder.path == path]
+    faults = find_faults(path) if named else [f"{path} does not exist"]
+    if faults:
+        raise UserError(
+            "checkpoint_not_found",
+            f"The checkpoint {option!r} cannot be resumed: {'; '.join(faults[:3])}.",
+            hint=_listing(output_dir),
+            pointer="/--resume_from_checkpoint",
+        )
+    return _point(named[0])
+
+
+def _find_latest(output_dir: Path, reporter: Reporter) -> ResumePoint | None:
+    for folder in list_checkpoints(output_dir):
+        faults = find_faults(folder.path)
+        if not faults:
+            return _point(folder)
+        message = f"{folder.name} is broken and is not used: {'; '.join(faults[:3])}."
+        reporter.warn("checkpoint_broken", message, hint="An older one is tried.")
+    reporter.notify("fresh_start", "There is no checkpoint to resume: the run starts at step 0.")
+    return None
+
+
+def _point(folder: CheckpointFolder) -> ResumePoint:
+    record = folder.read_state()
+    return ResumePoint(folder, TrainState.from_dict(record), record)
+
+
+def _listing(output_dir: Path) -> str:
+    names = [folder.name for folder in list_checkpoints(output_dir) if folder.manifest is not None]
+    return f"Complete ones in {output_dir}: {', '.join(names) or 'none'}."
+
+
+def load_checkpoint(point: ResumePoint, update: Update, device: torch.device) -> None:
+    """Optimizer, moving average and generators; the denoiser was loaded from the folder before."""
+    if point.record["layout"] != update.layout:
+        raise UserError(
+            "resume_incompatible",
+            f"{point.folder.name} was made by a run that trains other weights.",
+            hint="Choose another --output_dir, or set --resume_from_checkpoint to nothing.",
+            pointer="/--resume_from_checkpoint",
+        )
+    update.load_state(load_file(point.folder.path / OPTIMIZER, device=str(device)))
+    restore_rng(load_file(point.folder.path / RNG))
+
+
+def run_facts(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint says of its run, and what a resumed run is compared with."""
+    return {
+        "family": config.model.model_family,
+        "model_type": config.model.model_type,
+        "optimizer": config.optimizer.optimizer,
+        "use_ema": config.precision.use_ema,
+        "batch_layout": {
+            "train_batch_size": config.run.train_batch_size,
+            "gradient_accumulation_steps": config.run.gradient_accumulation_steps,
+            "num_processes": 1,
+        },
+        "seed": config.run.seed,
+        "data": data_fingerprint,
+    }
+
+
+def check_resume(point: ResumePoint, facts: Mapping[str, Any], config: TrainConfig, reporter: Reporter) -> bool:
+    """Whether the run goes on exactly. Raises UserError `resume_incompatible` for what cannot go on at all."""
+    record = point.record
+    for name in ("family", "model_type", "optimizer", "use_ema"):
+        if record[name] != facts[name]:
+            raise UserError(
+                "resume_incompatible",
+                f"{point.folder.name} was made with {name} {record[name]!r}, this run has {facts[name]!r}.",
+                hint="Choose another --output_dir, or set --resume_from_checkpoint to nothing.",
+                pointer=f"/--{'model_family' if name == 'family' else name}",
+            )
+    changed = [name for name in ("batch_layout", "seed", "data") if record[name] != facts[name]]
+    if "data" in changed and not config.checkpoint.override_dataset_config:
+        raise UserError(
+            "dataset_changed",
+            f"The data is not what it was when {point.folder.name} was saved.",
+            hint="Set --override_dataset_config true to go on with the changed data.",
+            pointer="/--override_dataset_config",
+            exit_code=ExitCode.DATA,
+        )
+    if changed:
+        message = f"The run goes on at the same number of samples, but not exactly: {', '.join(changed)} changed."
+        reporter.warn("resume_not_exact", message, changed=changed)
+    return not changed
+
+
+def versions() -> dict[str, str]:
+    return {
+        "simpletuner": __version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+        "cpus": str(os.cpu_count()),
+    }
+
+
+def _readme(state: TrainState, facts: Mapping[str, Any]) -> str:
+    return (
+        f"# Checkpoint at step {state.step}\n\n"
+        f"A {facts['model_type']} fine-tune of {facts['family']}. `{DENOISER}/` opens with diffusers; the other files\n"
+        "let the same run go on. `checkpoint_manifest.json` binds all of them by SHA-256.\n"
+    )

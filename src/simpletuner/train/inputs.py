@@ -1,0 +1,229 @@
+"""From dataset entries to batches: discovery with its ledgers, caches, the plan of epochs. training.md §3, §8.1."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simpletuner.config.dataset_options import PictureDataset
+from simpletuner.config.train_config import TrainConfig
+from simpletuner.data.cache import CacheStore, cache_key
+from simpletuner.data.ledger import check_defects, dataset_report, write_ledger
+from simpletuner.data.loader import Batch, BatchReader, LatentSource, TextSource
+from simpletuner.data.manifest import Manifest, discover
+from simpletuner.data.plan import START, Entry, EpochPlan, Group
+from simpletuner.data.prepare import Prepared, encode_latents, encode_texts
+from simpletuner.errors import Level
+from simpletuner.families.base import Family
+from simpletuner.train.report import Reporter, StageReport
+from simpletuner.train.requests import RequestReader
+
+
+class StageWatch:
+    """A stage that listens: progress goes out, a stop comes in."""
+
+    def __init__(self, stage: StageReport, requests: RequestReader) -> None:
+        self._stage = stage
+        self._requests = requests
+
+    def report(self, current: int, total: int) -> None:
+        self._stage.advance(current, total)
+
+    def should_stop(self) -> bool:
+        """Raises Ended instead of answering: what was encoded is stored on the way out."""
+        self._requests.raise_if_ended()
+        return False
+
+
+@dataclass(slots=True)
+class Inputs:
+    """What preparation leaves behind; the encoders are gone by then."""
+
+    manifests: dict[str, Manifest]
+    latents: dict[str, LatentSource]
+    text: TextSource
+    prompts: dict[str, dict[str, Tensor]]
+    config: TrainConfig
+
+    def plan(self, seed: int) -> EpochPlan:
+        """Of the datasets that are trained on."""
+        names = [entry.id for entry in self.config.image_datasets]
+        return EpochPlan(
+            [self.manifests[name].planned_set() for name in names],
+            seed=seed,
+            batch_size=self.config.run.train_batch_size,
+            uniform=self.config.data.data_backend_sampling == "uniform",
+        )
+
+    def reader(self, family: Family, seed: int, *, pin_memory: bool) -> BatchReader:
+        return BatchReader(self.latents, self.text, seed=seed, collate_text=family.collate_text, pin_memory=pin_memory)
+
+    def held_out_batches(self, dataset_id: str, reader: BatchReader, size: int) -> list[Batch]:
+        """Every kept sample of a dataset once, in a fixed order."""
+        batches: list[Batch] = []
+        for bucket, members in self.manifests[dataset_id].buckets().items():
+            rows = members.tolist()
+            for start in range(0, len(rows), size):
+                uses = tuple(Entry(row, 0) for row in rows[start : start + size])
+                batches.append(reader.read(Group(dataset_id, bucket, uses, START, START), uses))
+        return batches
+
+    def fingerprint(self) -> str:
+        """Names the data that is trained on: samples, plans, captions, uses. Moving a folder does not change it."""
+        digest = hashlib.sha256()
+        for entry in self.config.image_datasets:
+            manifest = self.manifests[entry.id]
+            digest.update(
+                f"{entry.id}\0{entry.repeats}\0{entry.probability}\0{entry.caption_dropout_probability}".encode()
+            )
+            for row in manifest.kept.tolist():
+                captions = [manifest.captions.texts[i] for i in manifest.captions.of(row)]
+                digest.update(manifest.content(row))
+                digest.update("\0".join([manifest.paths[row], manifest.plan(row).transform, *captions]).encode())
+        return digest.hexdigest()
+
+
+class Preparation:
+    """Runs the stages before the denoiser is loaded, in the order of the contract."""
+
+    def __init__(
+        self, config: TrainConfig, family: Family, reporter: Reporter, requests: RequestReader, device: torch.device
+    ) -> None:
+        self._config = config
+        self._family = family
+        self._reporter = reporter
+        self._requests = requests
+        self._device = device
+
+    def run(self, prompts: Iterable[str], ledgers: Path) -> Inputs:
+        """Raises UserError (65) for defects of the data, Ended when asked to end."""
+        manifests = self._discover(ledgers)
+        text_store = CacheStore(Path(self._config.text_embeds.cache_dir))
+        text, embeddings = self._encode_texts(manifests, text_store, list(dict.fromkeys(prompts)))
+        latents = self._encode_latents(manifests)
+        found = {name: source.manifest for name, source in latents.items()}
+        return Inputs(found, latents, text, embeddings, self._config)
+
+    def _pictures(self) -> list[PictureDataset]:
+        return [*self._config.image_datasets, *self._config.eval_datasets]
+
+    def _discover(self, ledgers: Path) -> dict[str, Manifest]:
+        manifests: dict[str, Manifest] = {}
+        data = self._config.data
+        with self._reporter.stage("init_data_backend", "Looking through the datasets") as stage:
+            entries = self._pictures()
+            for number, entry in enumerate(entries):
+                self._requests.raise_if_ended()
+                scans = Path(entry.cache_dir_vae) / "scan"
+                manifest = discover(entry, alignment=data.aspect_bucket_alignment, cache_dir=scans)
+                write_ledger(manifest, ledgers / f"ledger-{entry.id}.jsonl")
+                report = dataset_report(manifest)
+                message = (
+                    f"{entry.id}: {report['kept']} of {report['found']} pictures in {len(report['buckets'])} buckets"
+                )
+                self._reporter.notify("dataset_report", message, **report)
+                manifests[entry.id] = manifest
+                stage.advance(number + 1, len(entries))
+            for problem in check_defects(list(manifests.values()), ignore_missing_files=data.ignore_missing_files):
+                if problem.level is Level.WARNING:
+                    self._reporter.warn(problem.code, problem.message, hint=problem.hint, pointer=problem.pointer)
+        return manifests
+
+    def _encode_texts(
+        self, manifests: dict[str, Manifest], store: CacheStore, prompts: list[str]
+    ) -> tuple[TextSource, dict[str, dict[str, Tensor]]]:
+        fingerprint = self._family.caption_fingerprint()
+        captions = list(dict.fromkeys(["", *(c for m in manifests.values() for c in m.effective_captions())]))
+        encoder = _LazyCaptions(self._family, fingerprint, self._device)
+        entry = self._config.text_embeds
+        with self._reporter.stage("init_text_embed_cache", "Caching captions") as stage:
+            prepared = encode_texts(
+                captions,
+                store,
+                encoder,
+                watch=StageWatch(stage, self._requests),
+                batch_size=entry.text_encoder_batch_size,
+                write_batch_size=entry.write_batch_size,
+            )
+        self._report(entry.id, "captions", prepared)
+        with self._reporter.stage("validation_prompt_encoding", "Encoding validation prompts") as stage:
+            embeddings: dict[str, dict[str, Tensor]] = {}
+            for number, prompt in enumerate(prompts):
+                self._requests.raise_if_ended()
+                key = cache_key("prompt", fingerprint, "", prompt.encode())
+                if store.missing([key]):
+                    store.put({key: encoder.encode_prompt(prompt)})
+                embeddings[prompt] = {name: value.clone() for name, value in store.get([key])[0].items()}
+                stage.advance(number + 1, len(prompts))
+        return TextSource(store, fingerprint), embeddings
+
+    def _encode_latents(self, manifests: dict[str, Manifest]) -> dict[str, LatentSource]:
+        fingerprint = self._family.picture_fingerprint()
+        encoder = _LazyPictures(self._family, fingerprint, self._device)
+        sources: dict[str, LatentSource] = {}
+        with self._reporter.stage("init_vae_cache", "Caching latents") as stage:
+            for entry in self._pictures():
+                store = CacheStore(Path(entry.cache_dir_vae))
+                prepared = encode_latents(
+                    manifests[entry.id],
+                    store,
+                    encoder,
+                    watch=StageWatch(stage, self._requests),
+                    write_batch_size=self._config.data.write_batch_size,
+                )
+                self._report(entry.id, "latents", prepared)
+                sources[entry.id] = LatentSource(manifests[entry.id].without(prepared.dropped), store, fingerprint)
+        return sources
+
+    def _report(self, dataset_id: str, kind: str, prepared: Prepared) -> None:
+        message = f"{dataset_id}: {prepared.encoded} {kind} encoded, {prepared.reused} reused"
+        counts: dict[str, Any] = {
+            "encoded": prepared.encoded,
+            "reused": prepared.reused,
+            "kind": kind,
+            "id": dataset_id,
+        }
+        self._reporter.notify("cache_report", message, **counts)
+        for fault in prepared.dropped.values():
+            self._reporter.warn("unreadable", fault, hint="It is left out of this run.", id=dataset_id)
+        if prepared.rebuilt:
+            message = f"{dataset_id}: {len(prepared.rebuilt)} damaged cache entries were made anew."
+            self._reporter.warn("cache_entry_rebuilt", message, keys=prepared.rebuilt)
+
+
+class _LazyCaptions:
+    """Loads the text encoders when something has to be encoded: a full cache needs none."""
+
+    def __init__(self, family: Family, fingerprint: str, device: torch.device) -> None:
+        self.fingerprint = fingerprint
+        self._load = lambda: family.load_caption_encoder(device)
+        self._encoder = None
+
+    def encode(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
+        return self._loaded().encode(captions)
+
+    def encode_prompt(self, prompt: str) -> dict[str, Tensor]:
+        return self._loaded().encode_prompt(prompt)
+
+    def _loaded(self):
+        self._encoder = self._encoder or self._load()
+        return self._encoder
+
+
+class _LazyPictures:
+    """The same for the autoencoder."""
+
+    def __init__(self, family: Family, fingerprint: str, device: torch.device) -> None:
+        self.fingerprint = fingerprint
+        self._load = lambda: family.load_picture_encoder(device)
+        self._encoder = None
+
+    def encode(self, pixels_BCHW: Tensor, keys: Sequence[str]) -> list[Tensor]:
+        self._encoder = self._encoder or self._load()
+        return self._encoder.encode(pixels_BCHW, keys)

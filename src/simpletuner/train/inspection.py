@@ -1,0 +1,142 @@
+"""What happens between steps: checkpoints, images, held-out loss; and the end of a run with its export."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from simpletuner.errors import ExitCode, UserError
+from simpletuner.families.base import Draw, Family
+from simpletuner.train.checkpoint import CheckpointSaver
+from simpletuner.train.due import Due
+from simpletuner.train.heldout import HeldOut
+from simpletuner.train.metrics import Metrics
+from simpletuner.train.report import Reporter
+from simpletuner.train.requests import Requests
+from simpletuner.train.state import TrainState
+from simpletuner.train.update import Update
+from simpletuner.train.validation import Drawing, EmaMode, Validation, hash_weights, weights_to_draw
+
+_TOLERANCE = 1e-3
+"""Relative difference that the re-read export may show on one forward pass."""
+
+
+@dataclass(slots=True)
+class Inspection:
+    """Looks at and keeps the weights of the moment. `draw` is built when the first image is asked for."""
+
+    family: Family
+    denoiser: nn.Module
+    update: Update
+    validation: Validation
+    held_out: list[HeldOut]
+    saver: CheckpointSaver
+    metrics: Metrics
+    reporter: Reporter
+    due: Due
+    output_dir: Path
+    device: torch.device
+    probe: Callable[[nn.Module], torch.Tensor]
+    """One forward pass on fixed input: compares an export with what was trained."""
+    ema_mode: EmaMode = "comparison"
+    _draw: Draw | None = field(default=None, init=False)
+
+    def checkpoint(self, state: TrainState, requests: Requests) -> None:
+        """Metrics are read first: weights that a non-finite number ended with are never saved."""
+        self.metrics.drain()
+        is_final = self.due.end(state)
+        self.saver.save(self.denoiser, self.update, state, is_final=is_final, request_ids=requests.checkpoint)
+
+    def validate(self, state: TrainState, requests: Requests) -> None:
+        self.metrics.drain()
+        asked = bool(requests.validate)
+        if asked or self.due.images(state):
+            self._images(state.step, "request" if asked else "interval", requests.validate)
+        if asked or self.due.held_out(state):
+            self.measure(state.step)
+
+    def measure(self, step: int) -> None:
+        for held_out in self.held_out:
+            found = held_out.measure(self.denoiser)
+            self.reporter.metric(f"loss/val/{found.dataset_id}", found.mean, step, found.standard_error)
+
+    def on_startup(self, step: int) -> None:
+        self._images(step, "startup", ())
+
+    def benchmark(self, base: str) -> None:
+        """Images of the untouched base, unless those on disk are of this base and these prompts."""
+        record, name = self.validation.benchmark_record, self.validation.benchmark_fingerprint(base)
+        if self.validation.is_off or (record.exists() and record.read_text() == name):
+            self.reporter.skip_stage("benchmark_base_model", "Drawing the base model")
+            return
+        with self.reporter.stage("benchmark_base_model", "Drawing the base model"):
+            fingerprint = hash_weights(self.update.buffers)
+            drawing = Drawing(step=0, cause="benchmark", fingerprint=fingerprint, kind="benchmark")
+            self.validation.run(self._drawer(), self.denoiser, drawing, weights_to_draw(None, "none"))
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(name)
+
+    def export(self) -> Path:
+        """Write `<output_dir>/pipeline`, averaged weights if there are any; compare it with what was trained."""
+        place = self.output_dir / "pipeline"
+        beside = self.output_dir / ".pipeline-tmp"
+        shutil.rmtree(beside, ignore_errors=True)
+        with self.reporter.stage("model_save", "Saving the model"):
+            weights = weights_to_draw(self.update.ema, "ema_only")[0]
+            self.denoiser.eval()
+            with weights.hold(), torch.inference_mode():
+                self.family.export_pipeline(beside, self.denoiser)
+                wanted = self.probe(self.denoiser).float()
+            reread = self.family.load_denoiser(beside / "transformer").to(self.device).eval()
+            with torch.inference_mode():
+                found = self.probe(reread).float()
+            self._check_export(wanted, found)
+            old = self.output_dir / ".pipeline-old"
+            shutil.rmtree(old, ignore_errors=True)
+            if place.exists():
+                place.rename(old)
+            beside.rename(place)
+            shutil.rmtree(old, ignore_errors=True)
+        return place
+
+    def final_validation(self, step: int, pipeline: Path) -> None:
+        """Drawn from the exported files, so that what is shown is what was saved."""
+        if self.validation.is_off:
+            self.reporter.skip_stage("final_validation", "Drawing from the saved model")
+            return
+        with self.reporter.stage("final_validation", "Drawing from the saved model"):
+            saved = self.family.load_denoiser(pipeline / "transformer").to(self.device).eval()
+            draw = self.family.validation_pipeline(saved, self.device)
+            fingerprint = hash_weights(self.update.buffers)
+            drawing = Drawing(step=step, cause="end", fingerprint=fingerprint)
+            self.validation.run(draw, saved, drawing, weights_to_draw(None, "none"))
+
+    def _images(self, step: int, cause: str, request_ids: tuple[str, ...]) -> None:
+        if self.validation.is_off:
+            if request_ids:
+                drawing = Drawing(step=step, cause=cause, fingerprint="", request_ids=request_ids)
+                self.validation.skip(drawing, "Validation is disabled, or there is no prompt.")
+            return
+        fingerprint = hash_weights(self.update.buffers)
+        drawing = Drawing(step=step, cause=cause, fingerprint=fingerprint, request_ids=request_ids)
+        self.validation.run(self._drawer(), self.denoiser, drawing, weights_to_draw(self.update.ema, self.ema_mode))
+
+    def _drawer(self) -> Draw:
+        if self._draw is None:
+            self._draw = self.family.validation_pipeline(self.denoiser, self.device)
+        return self._draw
+
+    def _check_export(self, wanted: torch.Tensor, found: torch.Tensor) -> None:
+        difference = ((wanted - found).abs().max() / wanted.abs().max().clamp(min=1e-12)).item()
+        if not difference <= _TOLERANCE:
+            raise UserError(
+                "export_mismatch",
+                f"The saved model computes something else than the trained one (difference {difference:.2e}).",
+                hint="The checkpoint is whole; the previous export was left in its place.",
+                exit_code=ExitCode.STORAGE,
+            )

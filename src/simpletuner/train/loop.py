@@ -1,0 +1,80 @@
+"""The training loop, whole. The order after a step is fixed: metrics, requests, checkpoint, validation, end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from simpletuner.data.loader import Batch
+from simpletuner.diffusion.loss import Loss
+from simpletuner.diffusion.objective import Objective
+from simpletuner.families.base import Family
+from simpletuner.train.due import Due
+from simpletuner.train.inspection import Inspection
+from simpletuner.train.metrics import Metrics, StepFacts
+from simpletuner.train.requests import RequestReader
+from simpletuner.train.state import TrainState
+from simpletuner.train.update import Update
+
+Outcome = Literal["completed", "stop", "cancel", "yield"]
+
+
+@dataclass(slots=True)
+class Run:
+    """All that the loop uses; built in `train/run.py`."""
+
+    batches: Iterator[Batch]
+    family: Family
+    denoiser: nn.Module
+    objective: Objective
+    loss: Loss
+    update: Update
+    state: TrainState
+    metrics: Metrics
+    requests: RequestReader
+    due: Due
+    inspection: Inspection
+    accumulation: int
+    autocast: torch.dtype | None
+
+
+def train(run: Run) -> Outcome:
+    """Until the last step, or until asked to end. Each step: every micro-step of the accumulation, then one update."""
+    state, device = run.state, next(run.denoiser.parameters()).device
+    total_loss = torch.zeros((), device=device)
+    names: list[str] = []
+    waited_s = 0.0
+    while not run.due.end(state):
+        asked_at = time.perf_counter()
+        batch = next(run.batches).to(device)
+        waited_s += time.perf_counter() - asked_at
+        visits = list(zip(batch.samples, batch.visits, strict=True))
+        noised = run.objective.draw(batch.latents_BCHW, visits, step=state.step, first=len(names)).to(device)
+        with torch.autocast(device.type, run.autocast, enabled=run.autocast is not None):
+            predicted = run.family.predict(run.denoiser, noised.latents_BCHW, noised.t_B, batch)
+        loss = run.loss(predicted, noised) / run.accumulation
+        loss.backward()
+        total_loss += loss.detach()
+        names += batch.samples
+        if not batch.is_last_micro:
+            continue
+        rate = run.update.rate(state.step)
+        norm = run.update.apply(state.step)
+        state.advance(batch.next_position, len(names))
+        facts = StepFacts(state.step, batch.position.epoch, rate, len(names), waited_s, tuple(names))
+        run.metrics.record(facts, total_loss, norm)
+        total_loss.zero_()
+        names, waited_s = [], 0.0
+        requests = run.requests.read()
+        if run.due.checkpoint(state, requests):
+            run.inspection.checkpoint(state, requests)
+        if run.due.validation(state, requests):
+            run.inspection.validate(state, requests)
+        if requests.end is not None:
+            return requests.end
+    return "completed"

@@ -1,0 +1,171 @@
+"""Optimizers over flat buffers. training.md §5. Adding one is one entry in `OPTIMIZERS`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from simpletuner.errors import ExitCode, UserError
+from simpletuner.train.buffer import Clipping, FlatParameters
+from simpletuner.train.rounding import noise_bits, round_stochastically
+
+
+class Optimizer(Protocol):
+    """Updates one buffer in place. Everything that must survive a restart is in `state`."""
+
+    state: dict[str, Tensor]
+
+    def step(self, rate: float, step: int, clipping: Clipping) -> None:
+        """`step` is the 0-based optimizer step; where the gradients are not finite nothing may change."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamWSettings:
+    """Decoupled weight decay (arXiv:1711.05101)."""
+
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
+
+
+ADAMW_BF16 = AdamWSettings(beta1=0.9, beta2=0.999, epsilon=1e-6, weight_decay=0.01)
+TORCH_ADAMW = AdamWSettings(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.01)
+
+
+class FusedAdamW:
+    """torch's fused kernel on the whole buffer, state in the buffer's type."""
+
+    def __init__(self, buffer: FlatParameters, settings: AdamWSettings) -> None:
+        self._buffer = buffer
+        self._settings = settings
+        self.state = {
+            "exp_avg": torch.zeros_like(buffer.weights),
+            "exp_avg_sq": torch.zeros_like(buffer.weights),
+            "steps": torch.zeros((), dtype=torch.float32, device=buffer.weights.device),
+        }
+
+    @torch.no_grad()
+    def step(self, rate: float, step: int, clipping: Clipping) -> None:
+        settings = self._settings
+        found_inf = (~clipping.finite).float()
+        self.state["steps"].add_(1.0 - found_inf)
+        torch._fused_adamw_(  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType, reportPrivateImportUsage]
+            [self._buffer.weights],
+            [self._buffer.grads],
+            [self.state["exp_avg"]],
+            [self.state["exp_avg_sq"]],
+            [],
+            [self.state["steps"]],
+            lr=rate,
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            weight_decay=settings.weight_decay,
+            eps=settings.epsilon,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=clipping.scale.reciprocal(),
+            found_inf=found_inf,
+        )
+
+
+class AdamWStochasticRounding:
+    """AdamW with bf16 weights and moments, arithmetic in fp32, every store rounded stochastically.
+
+    Stochastic rounding keeps the expected value, so updates below bf16's resolution are not lost (arXiv:2010.06192).
+    The random bits are a counter stream of (seed, step, element): equal on every device and after any restart.
+    """
+
+    def __init__(self, buffer: FlatParameters, settings: AdamWSettings, *, seed: int, chunk: int) -> None:
+        self._buffer = buffer
+        self._settings = settings
+        self._seed = seed
+        self._chunk = chunk
+        self.state = {
+            "exp_avg": torch.zeros_like(buffer.weights),
+            "exp_avg_sq": torch.zeros_like(buffer.weights),
+        }
+
+    @torch.no_grad()
+    def step(self, rate: float, step: int, clipping: Clipping) -> None:
+        size = self._buffer.weights.numel()
+        if self._buffer.weights.device.type == "cpu" and not clipping.finite:
+            return
+        for start in range(0, size, self._chunk):
+            self._step_chunk(slice(start, min(start + self._chunk, size)), rate, step, clipping)
+
+    def _step_chunk(self, part: slice, rate: float, step: int, clipping: Clipping) -> None:
+        settings = self._settings
+        weights, grads = self._buffer.weights[part], self._buffer.grads[part].float().mul_(clipping.scale)
+        first, second = self.state["exp_avg"][part], self.state["exp_avg_sq"][part]
+        m = first.float().lerp_(grads, 1 - settings.beta1)
+        v = second.float().mul_(settings.beta2).addcmul_(grads, grads, value=1 - settings.beta2)
+        correction1 = 1 - settings.beta1 ** (step + 1)
+        correction2 = math.sqrt(1 - settings.beta2 ** (step + 1))
+        w = weights.float().mul_(1 - rate * settings.weight_decay)
+        w.addcdiv_(m, (v.sqrt() / correction2).add_(settings.epsilon), value=-rate / correction1)
+        bits = noise_bits(part.start, w.numel(), self._seed, step, w.device)
+        for index, (target, value) in enumerate(((weights, w), (first, m), (second, v))):
+            rounded = round_stochastically(value, bits, index)
+            # On the CPU `step` has looked at the flag already; elsewhere looking would mean waiting.
+            target.copy_(rounded if w.device.type == "cpu" else torch.where(clipping.finite, rounded, target))
+
+
+class OptimiLion:
+    """torch-optimi's Lion (arXiv:2302.06675) with Kahan summation for bf16 weights."""
+
+    def __init__(self, buffer: FlatParameters) -> None:
+        try:
+            from optimi import Lion
+        except ImportError as error:
+            raise _unavailable("optimi-lion", "pip install torch-optimi") from error
+        self._parameter = torch.nn.Parameter(buffer.weights, requires_grad=True)
+        self._parameter.grad = buffer.grads
+        self._optimizer = Lion([self._parameter], lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
+        self.state = {"exp_avg": torch.zeros_like(buffer.weights)}
+        if buffer.weights.dtype is not torch.float32:
+            self.state["kahan_comp"] = torch.zeros_like(buffer.weights)
+        self._optimizer.state[self._parameter] = dict(self.state)
+
+    def step(self, rate: float, step: int, clipping: Clipping) -> None:
+        if not clipping.finite:
+            return
+        self._parameter.grad.mul_(clipping.scale)  # pyright: ignore[reportOptionalMemberAccess]
+        self._optimizer.param_groups[0]["lr"] = rate
+        self._optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+
+
+def _unavailable(name: str, install: str) -> UserError:
+    return UserError(
+        "optimizer_unavailable",
+        f"The optimizer {name} needs a library that is not installed.",
+        hint=install,
+        pointer="/--optimizer",
+        exit_code=ExitCode.CONFIG,
+    )
+
+
+def _adamw_bf16(buffer: FlatParameters, seed: int) -> Optimizer:
+    if buffer.weights.dtype is not torch.bfloat16:
+        return FusedAdamW(buffer, ADAMW_BF16)
+    # A chunk's fp32 temporaries fit the cache of a CPU core; a GPU wants few launches instead.
+    chunk = 2**14 if buffer.weights.device.type == "cpu" else 2**24
+    return AdamWStochasticRounding(buffer, ADAMW_BF16, seed=seed, chunk=chunk)
+
+
+OPTIMIZERS: Mapping[str, Callable[[FlatParameters, int], Optimizer]] = {
+    "adamw_bf16": _adamw_bf16,
+    "torch-adamw": lambda buffer, seed: FusedAdamW(buffer, TORCH_ADAMW),
+    "optimi-lion": lambda buffer, seed: OptimiLion(buffer),
+}
+
+
+def build_optimizers(name: str, buffers: list[FlatParameters], seed: int) -> list[Optimizer]:
+    """One per buffer."""
+    return [OPTIMIZERS[name](buffer, seed) for buffer in buffers]

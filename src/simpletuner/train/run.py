@@ -1,0 +1,321 @@
+"""Builds a run from its job directory, part by part, and sees it through to its end."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.checkpoints import remove_temporary
+from simpletuner.config.train_config import TrainConfig
+from simpletuner.data.loader import Loader
+from simpletuner.data.plan import EpochPlan, check_full_batch
+from simpletuner.diffusion.loss import Loss
+from simpletuner.diffusion.objective import DiffusionObjective
+from simpletuner.errors import ExitCode
+from simpletuner.events import Event, EventType, Severity, SummaryData, TrainingStatusData
+from simpletuner.families.base import DTYPES, Family, build_family
+from simpletuner.families.registry import load_spec
+from simpletuner.job import JobDir
+from simpletuner.train.buffer import build_buffers
+from simpletuner.train.checkpoint import (
+    CheckpointSaver,
+    ResumePoint,
+    check_resume,
+    find_resume_point,
+    load_checkpoint,
+    run_facts,
+)
+from simpletuner.train.due import Due
+from simpletuner.train.ema import Ema
+from simpletuner.train.heldout import HeldOut
+from simpletuner.train.inputs import Inputs, Preparation
+from simpletuner.train.inspection import Inspection
+from simpletuner.train.loop import Outcome, Run, train
+from simpletuner.train.metrics import Metrics, peak_memory_bytes
+from simpletuner.train.optim import build_optimizers
+from simpletuner.train.prompts import plan_pictures, plan_prompts
+from simpletuner.train.report import Reporter
+from simpletuner.train.requests import RequestReader
+from simpletuner.train.state import TrainState
+from simpletuner.train.update import Update
+from simpletuner.train.validation import Validation
+
+
+@dataclass(slots=True)
+class Built:
+    """A run that is ready to step, and what is needed at its end."""
+
+    run: Run
+    inspection: Inspection
+    loader: Loader
+    metrics: Metrics
+    resumed_from: str | None
+    final_epoch: int
+
+
+def execute(job: JobDir, reporter: Reporter, requests: RequestReader) -> ExitCode:
+    """The whole of a run. Raises UserError and Ended; what it returns is the exit code of a run that ended well."""
+    spec = job.read_spec()
+    values = job.read_config()["config"]
+    family_spec = load_spec(values["model_family"])
+    config = TrainConfig.from_flat(values, job.read_datasets(), family_spec)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_flush_denormal(True)
+    assert config.run.seed is not None
+    torch.manual_seed(config.run.seed)
+    output_dir = Path(spec.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    family = build_family(config, family_spec)
+    prompts = plan_prompts(config.validation)
+    texts = [prompt.text for prompt in prompts] + [config.validation.validation_negative_prompt]
+    inputs = Preparation(config, family, reporter, requests, device).run(texts, job.artifacts)
+    builder = _Builder(config, family, inputs, output_dir, reporter, requests, device)
+    started_at = time.monotonic()
+    built = builder.build()
+    try:
+        outcome = _loop(built, reporter)
+        if outcome == "completed":
+            _finish(built, reporter, output_dir, started_at)
+    finally:
+        built.loader.close()
+        built.metrics.close()
+    _say_end(built, reporter, outcome)
+    return ExitCode.DONE if outcome == "completed" else ExitCode.STOPPED
+
+
+class _Builder:
+    """Holds what the parts share while they are put together."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        family: Family,
+        inputs: Inputs,
+        output_dir: Path,
+        reporter: Reporter,
+        requests: RequestReader,
+        device: torch.device,
+    ) -> None:
+        self._config = config
+        self._family = family
+        self._inputs = inputs
+        self._output_dir = output_dir
+        self._reporter = reporter
+        self._requests = requests
+        self._device = device
+        self._seed = config.run.seed or 0
+        self._accumulation = config.run.gradient_accumulation_steps
+
+    def build(self) -> Built:
+        config, reporter = self._config, self._reporter
+        plan = self._inputs.plan(self._seed)
+        total = total_steps(config, plan)
+        facts = run_facts(config, self._inputs.fingerprint())
+        point = find_resume_point(config.checkpoint.resume_from_checkpoint, self._output_dir, reporter)
+        if point is not None:
+            check_resume(point, facts, config, reporter)
+        remove_temporary(self._output_dir)
+        with reporter.stage("init_load_base_model", "Loading the model"):
+            denoiser = self._load_denoiser(None)
+        with reporter.stage("init_prepare_models", "Preparing the model"):
+            update = self._build_update(denoiser, total)
+            metrics = Metrics(reporter.emit, self._output_dir / "training_metrics.jsonl", total, self._device)
+            saver = CheckpointSaver(self._output_dir, config.checkpoint.checkpoints_total_limit, facts, reporter)
+            inspection = self._build_inspection(denoiser, update, saver, metrics, total)
+        inspection.benchmark(config.model.pretrained_model_name_or_path)
+        state = self._resume(point, denoiser, update, saver)
+        run = self._build_run(denoiser, update, state, metrics, inspection, plan)
+        final_epoch = plan.position_after(total * self._accumulation).epoch
+        return Built(run[0], inspection, run[1], metrics, point.folder.name if point else None, final_epoch)
+
+    def _load_denoiser(self, folder: Path | None) -> nn.Module:
+        denoiser = self._family.load_denoiser(folder).to(self._device)
+        denoiser.requires_grad_(True)
+        denoiser.train()
+        if self._config.model.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+        return denoiser
+
+    def _build_update(self, denoiser: nn.Module, total: int) -> Update:
+        config = self._config
+        buffers = build_buffers(denoiser)
+        ema = Ema(buffers, config.precision.ema_decay) if config.precision.use_ema else None
+        optimizers = build_optimizers(config.optimizer.optimizer, buffers, self._seed)
+        return Update(buffers, optimizers, config.optimizer, total, ema)
+
+    def _objective(self) -> DiffusionObjective:
+        prediction = self._config.model.prediction_type
+        assert prediction != "flow_matching"
+        return DiffusionObjective(
+            self._family.scheduler_config(),
+            self._config.loss,
+            seed=self._seed,
+            samples_per_step=self._config.run.train_batch_size * self._accumulation,
+            prediction_type=prediction,
+        )
+
+    def _build_inspection(
+        self, denoiser: nn.Module, update: Update, saver: CheckpointSaver, metrics: Metrics, total: int
+    ) -> Inspection:
+        config = self._config
+        pictures = plan_pictures(config, plan_prompts(config.validation))
+        validation = Validation(config.validation, pictures, self._inputs.prompts, self._output_dir, self._reporter)
+        return Inspection(
+            family=self._family,
+            denoiser=denoiser,
+            update=update,
+            validation=validation,
+            held_out=[] if config.validation.eval_loss_disable else self._build_held_out(),
+            saver=saver,
+            metrics=metrics,
+            reporter=self._reporter,
+            due=Due.from_config(config, total),
+            output_dir=self._output_dir,
+            device=self._device,
+            probe=self._probe,
+            ema_mode=config.precision.ema_validation,
+        )
+
+    def _build_held_out(self) -> list[HeldOut]:
+        # Held-out captions are never dropped: the loss is of the pictures as they are described.
+        reader = self._inputs.reader(self._family, self._seed, pin_memory=False)
+        objective, loss = self._objective(), Loss(self._config.loss)
+        size = self._config.run.train_batch_size
+        return [
+            HeldOut(
+                entry.id,
+                lambda name=entry.id: [
+                    batch.to(self._device) for batch in self._inputs.held_out_batches(name, reader, size)
+                ],
+                objective,
+                loss,
+                self._family.predict,
+                self._config.validation.eval_timesteps,
+            )
+            for entry in self._config.eval_datasets
+        ]
+
+    def _resume(
+        self, point: ResumePoint | None, denoiser: nn.Module, update: Update, saver: CheckpointSaver
+    ) -> TrainState:
+        if point is None:
+            self._reporter.skip_stage("init_resume_checkpoint", "Resuming")
+            return TrainState()
+        with self._reporter.stage("init_resume_checkpoint", "Resuming"):
+            saved = self._family.load_denoiser(point.folder.path / "transformer").state_dict()
+            with torch.no_grad():
+                for name, value in denoiser.state_dict().items():
+                    value.copy_(saved[name])
+            load_checkpoint(point, update, self._device)
+            saver.resumed_from = point.folder.name
+        return point.state
+
+    def _build_run(
+        self,
+        denoiser: nn.Module,
+        update: Update,
+        state: TrainState,
+        metrics: Metrics,
+        inspection: Inspection,
+        plan: EpochPlan,
+    ) -> tuple[Run, Loader]:
+        config = self._config
+        reader = self._inputs.reader(self._family, self._seed, pin_memory=self._device.type == "cuda")
+        ahead = config.data.dataloader_prefetch_qlen if config.data.dataloader_prefetch else 0
+        loader = Loader(plan, reader, position=state.position, accumulation=self._accumulation, prefetch=ahead)
+        run = Run(
+            batches=loader,
+            family=self._family,
+            denoiser=denoiser,
+            objective=self._objective(),
+            loss=Loss(config.loss),
+            update=update,
+            state=state,
+            metrics=metrics,
+            requests=self._requests,
+            due=inspection.due,
+            inspection=inspection,
+            accumulation=self._accumulation,
+            autocast=_autocast(config, denoiser),
+        )
+        return run, loader
+
+    def _probe(self, denoiser: nn.Module) -> Tensor:
+        """One forward pass on the first batch of the plan, with fixed noise."""
+        reader = self._inputs.reader(self._family, self._seed, pin_memory=False)
+        group = next(iter(self._inputs.plan(self._seed).walk()))
+        batch = reader.read(group, group.entries[:1]).to(self._device)
+        noise = torch.randn(batch.latents_BCHW.shape, generator=torch.Generator().manual_seed(0)).to(self._device)
+        t_B = torch.full((1,), 500, device=self._device)
+        return self._family.predict(denoiser, noise, t_B, batch)
+
+
+def total_steps(config: TrainConfig, plan: EpochPlan) -> int:
+    """`max_train_steps`, or the steps that hold every group of `num_train_epochs`."""
+    if config.run.max_train_steps:
+        return config.run.max_train_steps
+    check_full_batch(plan, config.run.num_train_epochs)
+    return math.ceil(plan.groups_before(config.run.num_train_epochs) / config.run.gradient_accumulation_steps)
+
+
+def _autocast(config: TrainConfig, denoiser: nn.Module) -> torch.dtype | None:
+    """fp32 weights may compute in a smaller type; smaller weights compute in their own."""
+    wanted = DTYPES.get(config.precision.mixed_precision)
+    weights = next(denoiser.parameters()).dtype
+    return wanted if weights is torch.float32 and wanted is not None else None
+
+
+def _loop(built: Built, reporter: Reporter) -> Outcome:
+    state = built.run.state
+    status = "resumed" if built.resumed_from else "running"
+    reporter.status(_status(built, status))
+    if built.inspection.due.end(state):
+        return "completed"
+    if state.step == 0:
+        built.inspection.measure(0)
+    return train(built.run)
+
+
+def _finish(built: Built, reporter: Reporter, output_dir: Path, started_at: float) -> None:
+    state, inspection = built.run.state, built.inspection
+    built.metrics.drain()
+    pipeline = inspection.export()
+    inspection.measure(state.step)
+    inspection.final_validation(state.step, pipeline)
+    reporter.skip_stage("publish", "Publishing")
+    with reporter.stage("training_complete", "Done"):
+        pass
+    summary = SummaryData(
+        steps=state.step,
+        samples=state.samples,
+        seconds=round(time.monotonic() - started_at, 3),
+        memory_peak_bytes=peak_memory_bytes(),
+        files=[str(pipeline), str(output_dir / "training_metrics.jsonl")],
+    )
+    reporter.emit(Event(type=EventType.TRAINING_SUMMARY, title="Summary", message=str(pipeline), data=summary))
+
+
+def _say_end(built: Built, reporter: Reporter, outcome: Outcome) -> None:
+    names = {"completed": "completed", "stop": "stopped", "yield": "stopped", "cancel": "cancelled"}
+    severity = Severity.SUCCESS if outcome == "completed" else Severity.INFO
+    if outcome != "completed":
+        with reporter.stage("training_abort", "Ending early"):
+            pass
+    reporter.status(_status(built, names[outcome]), severity=severity)
+
+
+def _status(built: Built, status: str) -> TrainingStatusData:
+    state = built.run.state
+    return TrainingStatusData(
+        status=status,  # pyright: ignore[reportArgumentType]
+        global_step=state.step,
+        total_num_steps=built.inspection.due.total_steps,
+        epoch=state.position.epoch,
+        final_epoch=built.final_epoch,
+        resumed_from=built.resumed_from,
+    )

@@ -1,0 +1,75 @@
+"""Everything about a run's place that must survive a restart, in one value."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simpletuner.data.plan import START, Position
+
+
+@dataclass(slots=True)
+class TrainState:
+    """`step` optimizer steps are done; `position` is the first group that is not."""
+
+    step: int = 0
+    position: Position = START
+    samples: int = 0
+    ended_epoch: int | None = None
+    """Epochs done, if the latest step finished one; nothing to restore."""
+
+    def advance(self, next_position: Position, samples: int) -> None:
+        """A step is done; `next_position` is the plan's after its last group."""
+        self.ended_epoch = next_position.epoch if next_position.epoch > self.position.epoch else None
+        self.step += 1
+        self.position = next_position
+        self.samples += samples
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "position": asdict(self.position), "samples": self.samples}
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> TrainState:
+        return cls(step=row["step"], position=Position(**row["position"]), samples=row["samples"])
+
+
+def rng_tensors() -> dict[str, Tensor]:
+    """The process-wide generators of torch, CUDA, numpy and python, as tensors."""
+    version, words, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state(legacy=False)
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+        "numpy_position": torch.tensor([numpy_state["state"]["pos"], numpy_state["has_gauss"]], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([numpy_state["gauss"]], dtype=torch.float64),
+    }
+    for device in range(torch.cuda.device_count()):
+        tensors[f"cuda{device}"] = torch.cuda.get_rng_state(device)
+    return tensors
+
+
+def restore_rng(tensors: dict[str, Tensor]) -> None:
+    """The reverse. CUDA devices that are not here are left out."""
+    torch.set_rng_state(tensors["torch"])
+    version, *words = tensors["python"].tolist()
+    gauss = tensors["python_gauss"].item()
+    random.setstate((version, tuple(words), None if gauss != gauss else gauss))
+    position, has_gauss = tensors["numpy_position"].tolist()
+    np.random.set_state(
+        {
+            "bit_generator": "MT19937",
+            "state": {"key": tensors["numpy"].numpy().astype(np.uint32), "pos": position},
+            "has_gauss": has_gauss,
+            "gauss": tensors["numpy_gauss"].item(),
+        }
+    )
+    for device in range(torch.cuda.device_count()):
+        if f"cuda{device}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda{device}"], device)

@@ -1,0 +1,69 @@
+"""The optimizer step as the loop sees it: clip, step, moving average, fresh gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from simpletuner.config.training_options import OptimizerOptions
+from simpletuner.train.buffer import FlatParameters, clip_gradients
+from simpletuner.train.ema import Ema
+from simpletuner.train.optim import Optimizer
+from simpletuner.train.schedule import learning_rate
+
+
+class Update:
+    """No host synchronisation: rate and step are known to the host, norm and loss stay on the device."""
+
+    def __init__(
+        self,
+        buffers: list[FlatParameters],
+        optimizers: list[Optimizer],
+        options: OptimizerOptions,
+        total_steps: int,
+        ema: Ema | None,
+    ) -> None:
+        self.buffers = buffers
+        self.optimizers = optimizers
+        self.ema = ema
+        self._options = options
+        self._total = total_steps
+
+    def rate(self, step: int) -> float:
+        return learning_rate(self._options, step, self._total)
+
+    def apply(self, step: int) -> Tensor:
+        """Perform the 0-based optimizer step; returns the unclipped gradient norm, fp32 scalar on the device."""
+        clipping = clip_gradients(self.buffers, self._options.max_grad_norm, self._options.grad_clip_method)
+        rate = self.rate(step)
+        for optimizer in self.optimizers:
+            optimizer.step(rate, step, clipping)
+        if self.ema is not None:
+            self.ema.update()
+        for buffer in self.buffers:
+            buffer.grads.zero_()
+        return clipping.norm
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything of optimizers and moving average that a restart needs."""
+        tensors: dict[str, Tensor] = {}
+        for index, optimizer in enumerate(self.optimizers):
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in optimizer.state.items()}
+        if self.ema is not None:
+            tensors |= {f"ema.{index}": shadow for index, shadow in enumerate(self.ema.shadows)}
+            tensors["ema.updates"] = torch.tensor(self.ema.updates)
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Copy into place. Raises KeyError when a tensor is missing, RuntimeError when one does not fit."""
+        for index, optimizer in enumerate(self.optimizers):
+            for name, value in optimizer.state.items():
+                value.copy_(tensors[f"optimizer.{index}.{name}"])
+        if self.ema is not None and "ema.updates" in tensors:
+            self.ema.updates = int(tensors["ema.updates"])
+            for index, shadow in enumerate(self.ema.shadows):
+                shadow.copy_(tensors[f"ema.{index}"])
+
+    @property
+    def layout(self) -> list[str]:
+        return [buffer.layout for buffer in self.buffers]
