@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from simpletuner.errors import UserError
 from simpletuner.job import JobStatus
 from simpletuner.server import control
-from simpletuner.server.checkpoints import NAME, CheckpointView, find_missing, list_checkpoints
+from simpletuner.server.checkpoint_view import CheckpointCheck, CheckpointView, check_checkpoint, show_checkpoints
 from simpletuner.server.config_view import show_config
 from simpletuner.server.control import ControlAnswer, RequestAnswer
 from simpletuner.server.core import Core, CoreDep
@@ -66,13 +66,6 @@ class CheckpointList(BaseModel):
     job_id: str | None
     checkpoints: list[CheckpointView]
     total: int
-
-
-class CheckpointCheck(BaseModel):
-    checkpoint: str
-    valid: bool
-    message: str
-    missing: list[str]
 
 
 @router.post(
@@ -166,7 +159,7 @@ def get_checkpoints(
 ) -> CheckpointList:
     """Newest first; of `job_id`, of `environment`, of the active environment, else of the last job."""
     output_dir, found_id = _output_dir(core, job_id, environment)
-    checkpoints = list_checkpoints(output_dir)
+    checkpoints = show_checkpoints(output_dir)
     return CheckpointList(output_dir=str(output_dir), job_id=found_id, checkpoints=checkpoints, total=len(checkpoints))
 
 
@@ -177,14 +170,8 @@ def validate_checkpoint(
     job_id: JobQuery = None,
     environment: Annotated[str | None, Query(max_length=80)] = None,
 ) -> CheckpointCheck:
-    """Whether every file that its manifest names is there."""
-    output_dir, _ = _output_dir(core, job_id, environment)
-    folder = output_dir / name
-    if NAME.fullmatch(name) is None or not folder.is_dir():
-        raise UserError("not_found", f"There is no checkpoint {name} in {output_dir}.")
-    missing = find_missing(folder)
-    message = f"Missing: {', '.join(missing)}." if missing else "Complete."
-    return CheckpointCheck(checkpoint=name, valid=not missing, message=message, missing=missing)
+    """Whether every file of its manifest is there and has its hash."""
+    return check_checkpoint(_output_dir(core, job_id, environment)[0], name)
 
 
 def _output_dir(core: Core, job_id: str | None, environment: str | None) -> tuple[Path, str | None]:
