@@ -29,6 +29,7 @@ RUN = ROOT / "demo-run"
 DOWNLOADS = ROOT / "demo-run" / "downloads"
 PICTURE_SIZE = 96
 HELD_OUT_EVERY = 25
+ENDS = ("completed", "stopped", "cancelled", "failed", "lost", "rejected")
 PROMPTS = {
     "heart": "red heart",
     "cat": "cat face",
