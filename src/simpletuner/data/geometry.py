@@ -9,13 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
-from math import isqrt, sqrt
+from math import ceil, isqrt, sqrt
 
 from simpletuner.config.dataset_options import PictureDataset
 from simpletuner.data.keys import digest, u
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
+
+Ratio = tuple[int, int]
+"""Numerator and denominator, not reduced: a Fraction would cost more than all the rest of a plan."""
 
 
 class DropReason(StrEnum):
@@ -67,138 +70,146 @@ def plan_resize(
 
     `stem` is its file name without folder and extension, `cycle` numbers its crop. Nothing else moves a crop.
     """
-    source = (width, height)
-    if _is_too_small(source, dataset):
-        return DropReason.TOO_SMALL
-    aspect = width / height
-    if aspect < (dataset.minimum_aspect_ratio or 0) or aspect > (dataset.maximum_aspect_ratio or aspect):
-        return DropReason.ASPECT_OUT_OF_RANGE
-    if not dataset.crop:
-        return _plan_whole(source, dataset, alignment)
-    barred = None if dataset.max_upscale_threshold is None else (1 + Fraction(str(dataset.max_upscale_threshold))) ** 2
-    choices: list[tuple[float, Size, Fraction]] = []
-    for choice in _crop_aspects(source, dataset):
-        target = _target(choice, dataset, alignment)
-        scale = _scale_squared(source, target, dataset)
-        if barred is None or scale <= barred:
-            choices.append((choice, target, scale))
-    if not choices:
-        return DropReason.TOO_MUCH_UPSCALE
-    aspects = [choice for choice, _, _ in choices]
-    _, target, scale = choices[_choose_aspect(aspects, source, dataset, stem, cycle)]
-    resized = (
-        max(target[0], _rounded_sqrt(width * width * scale)),
-        max(target[1], _rounded_sqrt(height * height * scale)),
-    )
-    left, top = _crop_corner(resized, target, dataset, stem, cycle)
-    box = (left, top, left + target[0], top + target[1])
-    return ResizePlan(source, resized, box, target, upscale=sqrt(scale))
+    return ResizeRule(dataset, alignment).plan(width, height, stem, cycle)
 
 
-def _plan_whole(source: Size, dataset: PictureDataset, alignment: int) -> ResizePlan | DropReason:
-    target = _target(source[0] / source[1], dataset, alignment)
-    upscale = max(target[0] / source[0], target[1] / source[1])
-    if dataset.max_upscale_threshold is not None and upscale > 1 + dataset.max_upscale_threshold:
-        return DropReason.TOO_MUCH_UPSCALE
-    stretch = target[0] * source[1] / (target[1] * source[0])
-    return ResizePlan(source, target, (0, 0, *target), target, upscale, stretch)
+class ResizeRule:
+    """The options of a dataset, made ready to plan many pictures."""
+
+    def __init__(self, dataset: PictureDataset, alignment: int) -> None:
+        self._dataset = dataset
+        self._alignment = alignment
+        self._is_square = dataset.crop and dataset.crop_aspect == "square"
+        self._targets: dict[float, Size] = {}
+        # In the unit that `_measure` counts in; whole pixels, because measures are.
+        least = self._limit(dataset.minimum_image_size) or Fraction(0)
+        self._least, self._least_edge = ceil(least), isqrt(int(least))
+        limit = self._limit(dataset.maximum_image_size)
+        self._most = None if limit is None else int(limit)
+        self._downsample = self._limit(dataset.target_downsample_size)
+        threshold = dataset.max_upscale_threshold
+        self._barred = None if threshold is None else (1 + Fraction(str(threshold))) ** 2
+
+    def plan(self, width: int, height: int, stem: str, cycle: int = 0) -> ResizePlan | DropReason:
+        source, dataset = (width, height), self._dataset
+        if self._is_too_small(source):
+            return DropReason.TOO_SMALL
+        aspect = width / height
+        if aspect < (dataset.minimum_aspect_ratio or 0) or aspect > (dataset.maximum_aspect_ratio or aspect):
+            return DropReason.ASPECT_OUT_OF_RANGE
+        if not dataset.crop:
+            return self._plan_whole(source)
+        choices = [(choice, self._target(choice)) for choice in self._crop_aspects(aspect)]
+        allowed = [(choice, target) for choice, target in choices if not self._is_barred(source, target)]
+        if not allowed:
+            return DropReason.TOO_MUCH_UPSCALE
+        _, target = allowed[self._choose([choice for choice, _ in allowed], aspect, stem, cycle)]
+        scale = self._scale_squared(source, target)
+        resized = (max(target[0], _scaled(width, scale)), max(target[1], _scaled(height, scale)))
+        left, top = self._corner(resized, target, stem, cycle)
+        box = (left, top, left + target[0], top + target[1])
+        return ResizePlan(source, resized, box, target, upscale=sqrt(scale[0] / scale[1]))
+
+    def _plan_whole(self, source: Size) -> ResizePlan | DropReason:
+        target = self._target(source[0] / source[1])
+        upscale = max(target[0] / source[0], target[1] / source[1])
+        threshold = self._dataset.max_upscale_threshold
+        if threshold is not None and upscale > 1 + threshold:
+            return DropReason.TOO_MUCH_UPSCALE
+        stretch = target[0] * source[1] / (target[1] * source[0])
+        return ResizePlan(source, target, (0, 0, *target), target, upscale, stretch)
+
+    def _measure(self, source: Size) -> int:
+        """Square pixels; of the square on the shorter edge for `pixel`."""
+        return min(source) ** 2 if self._dataset.resolution_type == "pixel" else source[0] * source[1]
+
+    def _limit(self, size: float | None) -> Fraction | None:
+        """What a size option stands for, in square pixels."""
+        if size is None:
+            return None
+        exact = Fraction(str(size))
+        return exact * 1_000_000 if self._dataset.resolution_type == "area" else exact * exact
+
+    def _is_too_small(self, source: Size) -> bool:
+        if self._measure(source) < self._least:
+            return True
+        is_area = self._dataset.resolution_type != "pixel"
+        return is_area and self._is_square and min(source) < self._least_edge
+
+    def _target(self, aspect: float) -> Size:
+        """Size that a picture of this width ÷ height is brought to: one of few, a bucket."""
+        ratio = 1.0 if self._is_square else round(max(aspect, 1 / aspect), self._dataset.aspect_bucket_rounding)
+        if ratio not in self._targets:
+            self._targets[ratio] = self._long_and_short(Fraction(str(ratio)))
+        long, short = self._targets[ratio]
+        return (long, short) if aspect >= 1 else (short, long)
+
+    def _long_and_short(self, ratio: Fraction) -> Size:
+        size = self._limit(self._dataset.resolution)
+        assert size is not None
+        edge = _align_sqrt(size, self._alignment)
+        if self._dataset.resolution_type == "pixel":
+            return _align_sqrt(size * ratio * ratio, self._alignment), edge
+        area = edge * edge
+        return _align_sqrt(area * ratio, self._alignment), _align_sqrt(area / ratio, self._alignment)
+
+    def _scale_squared(self, source: Size, target: Size) -> Ratio:
+        """s² of §3.3; squared because s itself can be irrational."""
+        width, height = source
+        is_wide = target[0] * height >= target[1] * width
+        cover = (target[0] ** 2, width**2) if is_wide else (target[1] ** 2, height**2)
+        if self._most is None:
+            return cover
+        measure = self._measure(source)
+        if measure <= self._most:
+            return max(cover, (1, 1), key=_value)
+        if self._downsample is None:
+            return cover
+        return max(cover, (self._downsample.numerator, self._downsample.denominator * measure), key=_value)
+
+    def _is_barred(self, source: Size, target: Size) -> bool:
+        return self._barred is not None and _value(self._scale_squared(source, target)) > self._barred
+
+    def _crop_aspects(self, own: float) -> list[float]:
+        if self._dataset.crop_aspect == "square":
+            return [1.0]
+        if self._dataset.crop_aspect == "preserve" or not self._dataset.crop_aspect_buckets:
+            return [own]
+        return self._dataset.crop_aspect_buckets
+
+    def _choose(self, aspects: list[float], own: float, stem: str, cycle: int) -> int:
+        """Index of the cut's aspect. An aspect weighs the share of the picture that cutting to it keeps."""
+        weights = [min(own / aspect, aspect / own) for aspect in aspects]
+        if self._dataset.crop_aspect != "random":
+            return weights.index(max(weights))
+        threshold = u("aspect", stem, cycle) * sum(weights)
+        for index, weight in enumerate(weights):
+            threshold -= weight
+            if threshold < 0:
+                return index
+        return len(weights) - 1
+
+    def _corner(self, resized: Size, target: Size, stem: str, cycle: int) -> tuple[int, int]:
+        free = (resized[0] - target[0], resized[1] - target[1])
+        if self._dataset.crop_style == "corner":
+            return 0, 0
+        if self._dataset.crop_style in ("center", "centre"):
+            return free[0] // 2, free[1] // 2
+        hashed = digest("crop", stem, cycle)
+        left = (int.from_bytes(hashed[:8], "big") * (free[0] + 1)) >> 64
+        top = (int.from_bytes(hashed[8:16], "big") * (free[1] + 1)) >> 64
+        return left, top
 
 
-def _is_square_crop(dataset: PictureDataset) -> bool:
-    return dataset.crop and dataset.crop_aspect == "square"
+def _value(ratio: Ratio) -> Fraction:
+    return Fraction(*ratio)
 
 
-def _area(size: float, dataset: PictureDataset) -> Fraction:
-    """Square pixels that an `area` (megapixels) or `pixel_area` (edge) option stands for."""
-    exact = Fraction(str(size))
-    return exact * 1_000_000 if dataset.resolution_type == "area" else exact * exact
-
-
-def _is_too_small(source: Size, dataset: PictureDataset) -> bool:
-    if dataset.minimum_image_size is None:
-        return False
-    if dataset.resolution_type == "pixel":
-        return min(source) < dataset.minimum_image_size
-    least = _area(dataset.minimum_image_size, dataset)
-    return source[0] * source[1] < least or (_is_square_crop(dataset) and min(source) < isqrt(int(least)))
-
-
-def _target(aspect: float, dataset: PictureDataset, alignment: int) -> Size:
-    """Size that a picture of this width ÷ height is brought to: one of few, a bucket."""
-    digits = dataset.aspect_bucket_rounding
-    ratio = Fraction(str(1.0 if _is_square_crop(dataset) else round(max(aspect, 1 / aspect), digits)))
-    if dataset.resolution_type == "pixel":
-        edge = Fraction(str(dataset.resolution))
-        long, short = _align(edge * ratio, alignment), _align(edge, alignment)
-    else:
-        edge = _align_sqrt(_area(dataset.resolution, dataset), alignment)
-        long, short = _align_sqrt(edge * edge * ratio, alignment), _align_sqrt(edge * edge / ratio, alignment)
-    return (long, short) if aspect >= 1 else (short, long)
-
-
-def _align(x: Fraction, alignment: int) -> int:
-    """al(x): the nearest multiple, halves up, at least one."""
-    return alignment * max(1, int(x / alignment + Fraction(1, 2)))
+def _scaled(side: int, scale_squared: Ratio) -> int:
+    """⌊side·s + ½⌋."""
+    return (isqrt(4 * side * side * scale_squared[0] // scale_squared[1]) + 1) // 2
 
 
 def _align_sqrt(x: Fraction, alignment: int) -> int:
-    """al(√x)."""
-    return alignment * max(1, _rounded_sqrt(x / (alignment * alignment)))
-
-
-def _rounded_sqrt(x: Fraction) -> int:
-    """⌊√x + ½⌋."""
-    return (isqrt(int(4 * x)) + 1) // 2
-
-
-def _scale_squared(source: Size, target: Size, dataset: PictureDataset) -> Fraction:
-    """s² of §3.3; squared because s itself can be irrational."""
-    width, height = source
-    cover = max(Fraction(target[0], width), Fraction(target[1], height)) ** 2
-    if dataset.maximum_image_size is None:
-        return cover
-    if dataset.resolution_type == "pixel":
-        size, limit = Fraction(min(source)) ** 2, Fraction(str(dataset.maximum_image_size)) ** 2
-    else:
-        size, limit = Fraction(width * height), _area(dataset.maximum_image_size, dataset)
-    if size <= limit:
-        return max(cover, Fraction(1))
-    if dataset.target_downsample_size is None:
-        return cover
-    if dataset.resolution_type == "pixel":
-        return max(cover, Fraction(str(dataset.target_downsample_size)) ** 2 / size)
-    return max(cover, _area(dataset.target_downsample_size, dataset) / size)
-
-
-def _crop_aspects(source: Size, dataset: PictureDataset) -> list[float]:
-    if dataset.crop_aspect == "square":
-        return [1.0]
-    if dataset.crop_aspect == "preserve" or not dataset.crop_aspect_buckets:
-        return [source[0] / source[1]]
-    return dataset.crop_aspect_buckets
-
-
-def _choose_aspect(aspects: list[float], source: Size, dataset: PictureDataset, stem: str, cycle: int) -> int:
-    """Index of the cut's aspect. An aspect weighs the share of the picture that cutting to it keeps."""
-    own = source[0] / source[1]
-    weights = [min(own / aspect, aspect / own) for aspect in aspects]
-    if dataset.crop_aspect != "random":
-        return weights.index(max(weights))
-    threshold = u("aspect", stem, cycle) * sum(weights)
-    for index, weight in enumerate(weights):
-        threshold -= weight
-        if threshold < 0:
-            return index
-    return len(weights) - 1
-
-
-def _crop_corner(resized: Size, target: Size, dataset: PictureDataset, stem: str, cycle: int) -> tuple[int, int]:
-    free = (resized[0] - target[0], resized[1] - target[1])
-    if dataset.crop_style == "corner":
-        return 0, 0
-    if dataset.crop_style in ("center", "centre"):
-        return free[0] // 2, free[1] // 2
-    hashed = digest("crop", stem, cycle)
-    left = (int.from_bytes(hashed[:8], "big") * (free[0] + 1)) >> 64
-    top = (int.from_bytes(hashed[8:16], "big") * (free[1] + 1)) >> 64
-    return left, top
+    """al(√x): the nearest multiple, halves up, at least one."""
+    return alignment * max(1, (isqrt(int(4 * x / (alignment * alignment))) + 1) // 2)

@@ -176,20 +176,20 @@ class Loader:
         self._num_made = 0
         self._worker = ThreadPoolExecutor(1, "loader")
         self._waiting: deque[Future[Batch]] = deque()
+        self._ready: deque[Batch] = deque()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         """Raises UserError `loader_failed` (70; 65 where the data is at fault), its cause the worker's own error."""
-        while len(self._waiting) <= self._num_ahead:
+        while len(self._waiting) + len(self._ready) <= self._num_ahead:
             self._waiting.append(self._worker.submit(self._make))
-        for future in self._waiting:
-            if future.done() and (error := future.exception()):
+        while self._waiting and (not self._ready or self._waiting[0].done()):
+            if error := self._waiting[0].exception():  # waits for it; a failed one stays first in line
                 raise _failure(error) from error
-        if error := self._waiting[0].exception():  # waits for it
-            raise _failure(error) from error
-        return self._waiting.popleft().result()
+            self._ready.append(self._waiting.popleft().result())
+        return self._ready.popleft()
 
     def close(self) -> None:
         """Ends the worker, after the batch it is making."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from simpletuner.config.dataset_options import PictureDataset
 from simpletuner.data.captions import CaptionDefect, Captions, Variants, sample_name
-from simpletuner.data.geometry import DropReason, ResizePlan, Size, plan_resize
+from simpletuner.data.geometry import DropReason, ResizePlan, ResizeRule, Size
 from simpletuner.data.keys import word
 from simpletuner.data.media import UnreadablePicture
 from simpletuner.data.plan import Members, PlannedSet
@@ -176,11 +176,12 @@ class _Rows:
         self.scales = np.zeros((len(files), 2), np.float64)
 
     def plan(self, sizes: Iterable[Size | UnreadablePicture], alignment: int) -> None:
+        rule = ResizeRule(self.dataset, alignment)
         for row, size in enumerate(sizes):
             if isinstance(size, UnreadablePicture):
                 self._drop(row, DropReason.UNREADABLE, str(size))
                 continue
-            plan = plan_resize(*size, stem=stem_of(self.files[row].path), dataset=self.dataset, alignment=alignment)
+            plan = rule.plan(*size, stem_of(self.files[row].path))
             if isinstance(plan, DropReason):
                 self.geometry[row, :2] = size
                 self.reasons[row] = plan

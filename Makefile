@@ -1,0 +1,41 @@
+# The commands of this project. `make demo` and `make test` need nothing but Python 3.11–3.13, Node's npm and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check serve goldens docs bench clean
+
+demo: $(READY)
+	$(BIN)/python -m scripts.demo
+
+test: check
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY)
+	$(BIN)/ruff check src tests scripts
+	$(BIN)/ruff format --check src tests scripts
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -m "not slow"
+
+serve: $(READY)
+	$(BIN)/simpletuner server --host 127.0.0.1
+
+goldens: $(READY)
+	$(BIN)/python -m pytest tests/goldens --write-goldens
+
+docs: $(READY)
+	$(BIN)/python -m scripts.write_docs
+
+bench: $(READY)
+	$(BIN)/simpletuner bench
+
+$(READY): requirements.lock pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist demo-run .pytest_cache .ruff_cache .hypothesis .import_linter_cache
