@@ -10,7 +10,9 @@ HEADER = "# Exact versions that `make` installs (CPU). Written by scripts/write_
 
 
 def main() -> None:
-    frozen = subprocess.run([sys.executable, "-m", "pip", "freeze", "--exclude-editable"], capture_output=True, check=True)
+    frozen = subprocess.run(
+        [sys.executable, "-m", "pip", "freeze", "--exclude-editable"], capture_output=True, check=True
+    )
     lines = [line.partition("+")[0] for line in frozen.stdout.decode().splitlines()]
     kept = sorted((line for line in lines if "==" in line and not line.startswith("simpletuner")), key=str.lower)
     Path("requirements.lock").write_text(HEADER + "\n".join(kept) + "\n")

@@ -9,10 +9,10 @@ from simpletuner import __version__
 from simpletuner.errors import UserError
 
 COMMANDS = {
-    "server": "simpletuner.cli.server:server",
-    "train": "simpletuner.cli.train:train",
-    "options": "simpletuner.cli.options:options",
-    "ledger": "simpletuner.cli.ledger:ledger",
+    "server": ("simpletuner.cli.server:server", "Serve the HTTP API."),
+    "train": ("simpletuner.cli.train:train", "Train here, in the foreground."),
+    "options": ("simpletuner.cli.options:options", "Explain an option, or list them all."),
+    "ledger": ("simpletuner.cli.ledger:ledger", "What would become of every file of a dataset."),
 }
 
 
@@ -38,8 +38,8 @@ def _run(words: list[str]) -> int:
         help="Fine-tune diffusion models: start a server, or train right here.",
         result_action="return_value",
     )
-    for name, place in COMMANDS.items():
-        app.command(place, name=name)
+    for name, (place, summary) in COMMANDS.items():
+        app.command(place, name=name, help=summary)
     try:
         result = app(words, exit_on_error=False)
     except CycloptsError:
