@@ -142,3 +142,14 @@ def test_torch_is_never_imported() -> None:
     assert not any(
         name.startswith(("simpletuner.train", "simpletuner.data", "simpletuner.diffusion")) for name in modules
     )
+
+
+def test_routes_golden(shared_server: ServerProcess) -> None:
+    document = shared_server.get("/openapi.json")
+    rows = [
+        f"{method.upper():6} {path} {each['operationId']} [{', '.join(each['tags'])}]"
+        for path, operations in sorted(document["paths"].items())
+        for method, each in sorted(operations.items())
+    ]
+    golden = FAKE_TRAINER.with_name("routes.golden.txt")
+    assert "\n".join(rows) + "\n" == golden.read_text(), "a changed route is a decision: write the golden file anew"

@@ -35,8 +35,9 @@ class Executor(Protocol):
 class LocalExecutor:
     """Spawns runners that outlive this process; their lock tells the next server of them."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(self, environ: Mapping[str, str], *, num_slots: int = 1) -> None:
         self._environ = environ
+        self._num_slots = num_slots
         self._children: dict[Path, subprocess.Popen[bytes]] = {}
 
     def start(self, job: JobDir, devices: Sequence[Device]) -> None:
@@ -68,5 +69,8 @@ class LocalExecutor:
         paths = [str(PACKAGE_ROOT), *filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))]
         environ["PYTHONPATH"] = os.pathsep.join(str(Path(path).resolve()) for path in paths)
         environ["PYTHONSAFEPATH"] = "1"
+        if self._num_slots > 1 and all(device.kind == "cpu" for device in devices):
+            # Slots of one processor share its cores: more threads than cores make every one of them slower.
+            environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self._num_slots)))
         environ["CUDA_VISIBLE_DEVICES"] = ",".join(device.visible_id for device in devices if device.kind == "cuda")
         return environ

@@ -34,7 +34,27 @@ class Placement:
 
     def plan(self, extra: NewJob | None = None) -> list[Start | Wait]:
         """What would happen now, with `extra` at the end of the queue. Writes nothing."""
-        queued = self._store.jobs.with_status([JobStatus.QUEUED])
+        return self._plan(self._store.jobs.with_status([JobStatus.QUEUED]), extra)
+
+    def waits(self) -> dict[str, Wait]:
+        return {answer.job_id: answer for answer in self.plan() if isinstance(answer, Wait)}
+
+    def place(self) -> None:
+        """Start what can start, tell the others why they wait."""
+        queued = {job.job_id: job for job in self._store.jobs.with_status([JobStatus.QUEUED])}
+        waits: dict[str, JobWaitingData] = {}
+        for answer in self._plan(list(queued.values())):
+            job = queued[answer.job_id]
+            if isinstance(answer, Start):
+                self._start(job, answer.devices)
+                continue
+            wait = JobWaitingData(position=answer.position, reason=answer.reason, reason_code=answer.reason_code)
+            if job.wait != wait.model_dump():
+                waits[job.job_id] = wait
+        if waits:
+            self._store.jobs.announce_waits(waits)
+
+    def _plan(self, queued: Sequence[JobRow], extra: NewJob | None = None) -> list[Start | Wait]:
         now = datetime.now(UTC)
         queue = [_candidate(job, job.position, _moment(job.queued_at, now)) for job in queued]
         if extra is not None:
@@ -45,22 +65,6 @@ class Placement:
             for job in self._store.jobs.with_status(ACTIVE)
         ]
         return plan(queue, running, self.devices, self.limits(), now)
-
-    def waits(self) -> dict[str, Wait]:
-        return {answer.job_id: answer for answer in self.plan() if isinstance(answer, Wait)}
-
-    def place(self) -> None:
-        """Start what can start, tell the others why they wait."""
-        for answer in self.plan():
-            job = self._store.jobs.get(answer.job_id)
-            if job is None:
-                continue
-            if isinstance(answer, Start):
-                self._start(job, answer.devices)
-            else:
-                wait = JobWaitingData(position=answer.position, reason=answer.reason, reason_code=answer.reason_code)
-                if job.wait != wait.model_dump():
-                    self._store.jobs.announce_wait(job.job_id, wait)
 
     def _start(self, job: JobRow, devices: tuple[int, ...]) -> None:
         folder = self.job_dir(job.job_id)

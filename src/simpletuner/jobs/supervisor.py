@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 ACTIVE_TICK_S = 0.1
 IDLE_TICK_S = 1.0
+PLAN_EVERY_S = 1.0
 STALLED_AFTER_S = 10.0
 STRONGER = {("yield", "stop"), ("yield", "cancel"), ("stop", "cancel")}
 
@@ -50,12 +51,15 @@ class Supervisor:
         self._awake = asyncio.Event()
         self._closing = False
         self._last_tick = clock()
+        self._last_plan = float("-inf")
+        self._requested = False
         self._num_active = 0
 
     @contextmanager
     def exclusive(self) -> Generator[Placement]:
         """Nothing is placed, ended or accepted by anybody else meanwhile."""
         with self._lock:
+            self._requested = True
             yield self._placement
 
     def tick(self) -> list[StoredEvent]:
@@ -63,13 +67,25 @@ class Supervisor:
         fresh: list[StoredEvent] = []
         with self._lock:
             self._executor.reap()
-            for job in self._store.jobs.with_status(ACTIVE):
+            active = self._store.jobs.with_status(ACTIVE)
+            for job in active:
                 self._guard(f"looking at job {job.job_id}", self._observe, job, fresh)
-            self._guard("planning the queue", self._placement.place)
+            still_active = self._store.jobs.with_status(ACTIVE)
+            if self._plan_is_due(changed=len(still_active) != len(active)):
+                self._guard("planning the queue", self._placement.place)
             self._guard("relaying events", self._relay, fresh)
             self._num_active = len(self._store.jobs.with_status(ACTIVE))
             self._last_tick = self._clock()
         return fresh
+
+    def _plan_is_due(self, *, changed: bool) -> bool:
+        """At every end and request, and each second: priorities age, and other settings change."""
+        now = self._clock()
+        if not (changed or self._requested or now - self._last_plan >= PLAN_EVERY_S):
+            return False
+        self._requested = False
+        self._last_plan = now
+        return True
 
     def request_end(self, job_id: str, mode: str) -> JobRow:
         """Stop, cancel or yield `job_id`: at once where nothing runs, else by asking. Returns the job as it is then.
@@ -90,6 +106,7 @@ class Supervisor:
                 and self._store.jobs.override_mode(job_id, from_mode=job.mode, to_mode=mode)
             ):
                 self._executor.send(self._placement.job_dir(job_id), end_command(job, mode))
+            self._requested = True
             self.wake()
             return self._job(job_id)
 

@@ -60,9 +60,10 @@ def check_checkpoint(output_dir: Path, name: str) -> CheckpointCheck:
 
 
 def _epoch(folder: CheckpointFolder) -> int | None:
+    """None where its state is missing or was written by somebody else."""
     try:
-        return folder.read_state().get("epoch")
-    except (OSError, ValueError):
+        return folder.read_state()["position"]["epoch"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

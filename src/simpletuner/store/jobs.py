@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -70,19 +70,18 @@ class JobStore:
             )
         return changed.rowcount > 0
 
-    def announce_wait(self, job_id: str, wait: JobWaitingData) -> bool:
-        """Remember why a queued job waits; an event only when that changed."""
-        value = wait.model_dump()
+    def announce_waits(self, waits: Mapping[str, JobWaitingData]) -> None:
+        """Remember why queued jobs wait, with an event for each, in one transaction. Give only what changed."""
         with self._database.write() as connection:
-            row = connection.execute(
-                select(jobs.c.wait).where(jobs.c.job_id == job_id, jobs.c.status == JobStatus.QUEUED)
-            ).one_or_none()
-            if row is None or row.wait == value:
-                return False
-            connection.execute(update(jobs).where(jobs.c.job_id == job_id).values(wait=value))
-            event = Event(type=EventType.JOB_WAITING, job_id=job_id, data=wait, message=wait.reason)
-            put_event(connection, event)
-        return True
+            for job_id, wait in waits.items():
+                noted = connection.execute(
+                    update(jobs)
+                    .where(jobs.c.job_id == job_id, jobs.c.status == JobStatus.QUEUED)
+                    .values(wait=wait.model_dump())
+                )
+                if noted.rowcount:
+                    event = Event(type=EventType.JOB_WAITING, job_id=job_id, data=wait, message=wait.reason)
+                    put_event(connection, event)
 
     def get(self, job_id: str) -> JobRow | None:
         with self._database.read() as connection:
