@@ -87,7 +87,8 @@ def _follow(job: JobDir, workspace: Path, printer: EventPrinter) -> ExitRecord |
     try:
         while True:
             ended = runner.poll() is not None
-            for offset, line in read_journal(job.journal_path, offset):
+            for after, line in read_journal(job.journal_path, offset):
+                offset = after
                 printer.print(line)
             if ended:
                 return job.read_exit()

@@ -58,6 +58,10 @@ class Verdict:
     exit_code: int | None = None
 
 
+TRAINER_DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads that spin while they wait make a step several times slower as soon as one core has other work."""
+
+
 class Run:
     """One attempt of one job."""
 
@@ -87,7 +91,7 @@ class Run:
         trainer = subprocess.Popen(
             command,
             cwd=self._spec.workspace,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=TRAINER_DEFAULTS | os.environ | {"PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -278,6 +278,7 @@ def _loop(built: Built, reporter: Reporter) -> Outcome:
         return "completed"
     if state.step == 0:
         built.inspection.measure(0)
+    built.metrics.start()
     return train(built.run)
 
 
