@@ -6,9 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HEADER = (
-    "# Exact versions that `make` installs (CPU), written by scripts/write_lock.py. Why each: docs/dependencies.md\n"
-)
+HEADER = "# Exact versions that `make` installs (CPU), by scripts/write_lock.py. Why each: docs/dependencies.md\n"
 
 
 def main() -> None:

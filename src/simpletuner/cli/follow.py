@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 _SHOWN = frozenset(
     {"training.status", "training.checkpoint", "training.validation", "training.metric", "notification", "error"}
@@ -14,13 +14,20 @@ _SHOWN = frozenset(
 _MARKS = {"warning": "! ", "error": "✗ ", "critical": "✗ ", "success": "✓ "}
 
 
-class EventPrinter(Protocol):
-    def __enter__(self) -> Self: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+class EventPrinter(ABC):
+    """Entered around a job; `print` takes a line of its journal, `say` a sentence of ours."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    @abstractmethod
     def print(self, line: bytes) -> None: ...
-    def say(self, text: str) -> None: ...
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
 
 
 def build_printer(*, as_json: bool) -> EventPrinter:
@@ -29,41 +36,23 @@ def build_printer(*, as_json: bool) -> EventPrinter:
     return LivePrinter() if sys.stdout.isatty() else LinePrinter()
 
 
-class JsonPrinter:
+class JsonPrinter(EventPrinter):
     """Each event as it stands in the journal."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def print(self, line: bytes) -> None:
         sys.stdout.buffer.write(line)
         sys.stdout.buffer.flush()
 
-    def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
 
-
-class LinePrinter:
+class LinePrinter(EventPrinter):
     """One line for each stage that ends and each thing that happens; steps are not things."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def print(self, line: bytes) -> None:
         if text := summarise(json.loads(line)):
             print(text, flush=True)
 
-    def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
 
-
-class LivePrinter:
+class LivePrinter(EventPrinter):
     """A bar per stage, then one for the steps with loss, steps per second and time left."""
 
     def __init__(self) -> None:
