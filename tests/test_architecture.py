@@ -172,7 +172,7 @@ def test_no_file_names_a_registry_or_a_place_on_one_machine() -> None:
 
 def tracked_lines() -> Iterator[tuple[str, int, str]]:
     """Lines of every text file that git keeps. Licence texts are others' words."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True)
+    listed = subprocess.run(["git", "ls-files", "-z"], check=False, cwd=ROOT, capture_output=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
     for name in filter(None, listed.stdout.decode().split("\0")):
@@ -204,6 +204,41 @@ def test_torch_stays_out(module: str) -> None:
         "print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
     )
     ran = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT / "src")}
+        [sys.executable, "-c", code],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT / "src")},
     )
     assert (ran.stdout.strip(), ran.returncode) == ("[]", 0), ran.stderr
+
+
+def test_every_built_option_is_read() -> None:
+    """An option that nothing outside the declarations reads would be ignored in silence."""
+    from simpletuner.config.dataset_options import INHERITED
+    from simpletuner.config.train_config import option_fields
+
+    declaring = {name for name in (name_of(path) for path in MODULES) if name.endswith("_options.py")}
+    declaring.add("config/reserved.py")
+    words: set[str] = set()
+    for path, tree in TREES.items():
+        if name_of(path) not in declaring:
+            words |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            words |= {str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    unread = {option.name for option in option_fields().values() if not option.ui.later} - words - set(INHERITED)
+    assert unread == set()
+
+
+def test_every_dataset_key_is_read() -> None:
+    from simpletuner.config.dataset_options import MODELS, ParquetColumns
+
+    words = {
+        node.attr
+        for path, tree in TREES.items()
+        if not name_of(path).startswith("config/")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+    }
+    keys = {key for model in [*MODELS.values(), ParquetColumns] for key in model.model_fields}
+    # Read by the configuration itself: the union's tag, the kind of backend, whether it is used, which cache is meant.
+    assert keys - words - {"type", "dataset_type", "disabled", "default"} == set()
