@@ -123,7 +123,7 @@ class _EntryReader:
         if key in fields or key == "disable":
             return True
         if key in NO_EFFECT_KEYS:
-            message = f"{key!r} has no effect: caches are keyed by content."
+            message = f"{key!r} has no effect: {NO_EFFECT_KEYS[key]}."
             self._note("option_no_effect", message, "", key, Level.WARNING)
         elif key in LATER_KEYS:
             self._fail("option_not_supported_yet", f"The dataset key {key!r} is not supported yet.", "", key)

@@ -207,12 +207,6 @@ class DataOptions(OptionGroup):
     write_batch_size: Annotated[PositiveInt, Ui(tab="data", order=34)] = 128
     """Cache entries written at once."""
 
-    read_batch_size: Annotated[PositiveInt, Ui(tab="data", order=35)] = 25
-    """Files read ahead at once while caching."""
-
-    image_processing_batch_size: Annotated[PositiveInt, Ui(tab="data", order=36)] = 32
-    """Pictures decoded ahead at once while caching."""
-
     aspect_bucket_alignment: Annotated[PositiveInt, Ui(tab="data", order=37)] = 64
     """Both sides of a target are multiples of this. Fixed by the family."""
 

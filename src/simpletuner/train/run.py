@@ -127,7 +127,10 @@ class _Builder:
             metrics = Metrics(reporter.emit, self._output_dir / "training_metrics.jsonl", total, self._device)
             saver = CheckpointSaver(self._output_dir, config.checkpoint.checkpoints_total_limit, facts, reporter)
             inspection = self._build_inspection(denoiser, update, saver, metrics, total)
-        inspection.benchmark(config.model.pretrained_model_name_or_path)
+        if config.validation.disable_benchmark:
+            reporter.skip_stage("benchmark_base_model", "Drawing the base model")
+        else:
+            inspection.benchmark(config.model.pretrained_model_name_or_path)
         state = self._resume(point, denoiser, update, saver)
         run = self._build_run(denoiser, update, state, metrics, inspection, plan)
         final_epoch = plan.position_after(total * self._accumulation).epoch
@@ -278,6 +281,8 @@ def _loop(built: Built, reporter: Reporter) -> Outcome:
         return "completed"
     if state.step == 0:
         built.inspection.measure(0)
+    if built.inspection.due.on_startup:
+        built.inspection.on_startup(state.step)
     return train(built.run)
 
 
