@@ -1,6 +1,6 @@
 """Make the `nano` flavour of PixArt Sigma: train it from nothing on Fluent Emoji icons, save a diffusers folder.
 
-    python scripts/pretrain_pixart_nano.py --work build/nano --out src/simpletuner/families/pixart_sigma/nano
+    python -m scripts.pretrain_pixart_nano --work build/nano --out src/simpletuner/families/pixart_sigma/nano
 
 Four parts of the real classes: T5Tokenizer (unigram, trained on the captions), T5EncoderModel and
 PixArtTransformer2DModel (trained together, epsilon prediction, min-SNR 5), AutoencoderKL (trained first).
@@ -19,10 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
-from icons import draw, fetch_packages, read_icons
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from scripts.icons import draw, fetch_packages, read_icons
 
 SIZE = 64
 TEMPLATES = ("{}", "{}", "a flat icon of {}", "{}, flat icon", "an icon of {}")
@@ -64,10 +65,13 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def train_vae(pictures: torch.Tensor, seconds: float, work: Path) -> AutoencoderKL:
-    vae = build_vae().to(memory_format=torch.channels_last)
+def train_vae(pictures: torch.Tensor, weights: torch.Tensor, seconds: float, before: Path | None) -> AutoencoderKL:
+    """`weights` say how often each picture is drawn."""
+    vae = AutoencoderKL.from_pretrained(before / "vae", torch_dtype=torch.float32) if before else build_vae()
+    vae = vae.to(memory_format=torch.channels_last).train()
     print("vae parameters", sum(p.numel() for p in vae.parameters()), flush=True)
-    held_out, train = pictures[::40], pictures[torch.arange(len(pictures)) % 40 != 0]
+    is_train = torch.arange(len(pictures)) % 40 != 0
+    held_out, train, weights = pictures[~is_train], pictures[is_train], weights[is_train]
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=1e-3)
     shadow = {key: value.clone() for key, value in vae.state_dict().items()}
     generator = torch.Generator().manual_seed(0)
@@ -75,11 +79,11 @@ def train_vae(pictures: torch.Tensor, seconds: float, work: Path) -> Autoencoder
     while (elapsed := time.monotonic() - start) < seconds:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * elapsed / seconds)) + 1e-5
-        index = torch.randint(len(train), (16,), generator=generator)
+        index = torch.multinomial(weights, 16, generator=generator)
         x = augment(to_unit(train[index]), generator).contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample(generator=generator)).sample
-        loss = F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + 0.5 * edge_loss(y, x) + 1e-5 * posterior.kl().mean() / 256
+        loss = picture_loss(y, x) + 1e-5 * posterior.kl().mean() / 256
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -95,8 +99,7 @@ def train_vae(pictures: torch.Tensor, seconds: float, work: Path) -> Autoencoder
         z = torch.cat([vae.encode(to_unit(part)).latent_dist.mean for part in pictures[::4].split(64)])
     vae.register_to_config(scaling_factor=round(1 / z.std().item(), 5))
     print(f"vae done: {step} steps, psnr {psnr(vae, held_out):.2f}, scaling {vae.config['scaling_factor']}", flush=True)
-    vae.save_pretrained(work / "vae")
-    return vae
+    return vae.eval()
 
 
 def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -112,8 +115,11 @@ def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return x
 
 
-def edge_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return F.l1_loss(y.diff(dim=-1), x.diff(dim=-1)) + F.l1_loss(y.diff(dim=-2), x.diff(dim=-2))
+def picture_loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Values, edges, and colour differences: without the last, few steps spend every channel on brightness."""
+    edges = F.l1_loss(y.diff(dim=-1), x.diff(dim=-1)) + F.l1_loss(y.diff(dim=-2), x.diff(dim=-2))
+    colours = F.l1_loss(y - y.roll(1, 1), x - x.roll(1, 1))
+    return F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + 0.5 * edges + 1.5 * colours
 
 
 @torch.no_grad()
@@ -168,10 +174,13 @@ def build_denoiser(vocabulary: int) -> tuple[T5EncoderModel, PixArtTransformer2D
 
 
 def train_denoiser(
-    latents: torch.Tensor, names: list[str], tokenizer: T5Tokenizer, seconds: float
+    latents: torch.Tensor, names: list[str], tokenizer: T5Tokenizer, seconds: float, before: Path | None
 ) -> tuple[T5EncoderModel, PixArtTransformer2DModel]:
     torch.manual_seed(1)
     text, denoiser = build_denoiser(len(tokenizer))
+    if before:
+        text = T5EncoderModel.from_pretrained(before / "text_encoder", dtype=torch.float32).train()
+        denoiser = PixArtTransformer2DModel.from_pretrained(before / "transformer", torch_dtype=torch.float32).train()
     parameters = [*text.parameters(), *denoiser.parameters()]
     print("text", sum(p.numel() for p in text.parameters()), "denoiser", sum(p.numel() for p in denoiser.parameters()))
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-2)
@@ -226,6 +235,7 @@ def main() -> None:
     reader = argparse.ArgumentParser(description=__doc__)
     reader.add_argument("--work", type=Path, required=True)
     reader.add_argument("--out", type=Path, required=True)
+    reader.add_argument("--before", type=Path, help="a folder that an earlier run wrote: go on from its weights")
     reader.add_argument("--modules", type=Path, help="a node_modules that has the icon packages already")
     reader.add_argument("--vae-seconds", type=float, default=900)
     reader.add_argument("--denoiser-seconds", type=float, default=1500)
@@ -238,15 +248,16 @@ def main() -> None:
     modules = given.modules or fetch_packages(given.work, ("flat", "ink", "3d"))
     flat, names = load_pictures(modules, "flat")
     ink, _ = load_pictures(modules, "ink")
-    if (given.work / "vae").exists():
-        vae = AutoencoderKL.from_pretrained(given.work / "vae")
-    else:
-        vae = train_vae(torch.cat([flat, load_3d(modules), ink]), given.vae_seconds, given.work)
+    rendered = load_3d(modules)
+    shares = torch.cat([torch.full((len(part),), share / len(part)) for part, share in
+                        ((flat, 0.5), (rendered, 0.3), (ink, 0.2))])  # fmt: skip
+    vae = train_vae(torch.cat([flat, rendered, ink]), shares, given.vae_seconds, given.before)
+    vae.save_pretrained(given.work / "vae")
     with torch.no_grad():
         latents = torch.cat([vae.encode(to_unit(part)).latent_dist.mean for part in flat.split(64)])
     latents = latents * vae.config["scaling_factor"]
     tokenizer = train_tokenizer(names, given.work / "tokenizer")
-    text, denoiser = train_denoiser(latents, names, tokenizer, given.denoiser_seconds)
+    text, denoiser = train_denoiser(latents, names, tokenizer, given.denoiser_seconds, given.before)
     scheduler = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
     pipeline = PixArtSigmaPipeline(tokenizer, text, vae, denoiser, scheduler).to(dtype=torch.bfloat16)
     pipeline.save_pretrained(given.out)

@@ -1,0 +1,1 @@
+"""Jobs from submit to end: queue, devices, runner, supervisor."""

@@ -1,0 +1,1 @@
+"""The HTTP server: routes over the store and the supervisor."""

@@ -1,0 +1,1 @@
+"""What the control world remembers: `simpletuner.db` (jobs, leases, settings, outbox) and `events.db` (events)."""

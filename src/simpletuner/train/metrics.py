@@ -46,7 +46,7 @@ class Metrics:
         self._watch = Watch()
         self._reported_at = -math.inf
         self._drained_at = time.monotonic()
-        self._started_at = self._drained_at
+        self._started_at: float | None = None
         self._done = 0
 
     def record(self, facts: StepFacts, loss: Tensor, norm: Tensor) -> None:
@@ -58,6 +58,10 @@ class Metrics:
         first_or_last = facts.step == self._total or self._reported_at == -math.inf
         if first_or_last or len(self._facts) == _RING or time.monotonic() - self._reported_at >= _REPORT_INTERVAL_S:
             self.drain()
+
+    def start(self) -> None:
+        """The clock of the steps starts here: what came before was not training."""
+        self._started_at = self._drained_at = time.monotonic()
 
     def drain(self) -> None:
         """Write and judge every waiting step. Raises UserError `diverged` or `dead_run` (72)."""
@@ -98,7 +102,7 @@ class Metrics:
             "memory_peak_bytes": peak_memory_bytes(),
             "effective_batch_size": fact.samples,
         }
-        mean = (now - self._started_at) / self._done
+        mean = (now - self._started_at) / self._done if self._started_at is not None else step_time
         progress = Progress(
             label="Steps",
             current=fact.step,

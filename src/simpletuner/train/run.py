@@ -283,6 +283,7 @@ def _loop(built: Built, reporter: Reporter) -> Outcome:
         built.inspection.measure(0)
     if built.inspection.due.on_startup:
         built.inspection.on_startup(state.step)
+    built.metrics.start()
     return train(built.run)
 
 

@@ -45,7 +45,12 @@ SPEC = FamilySpec(
             native_resolution=64,
             embedded=True,
             alignment=16,
-            values={"resolution": 64, "validation_num_inference_steps": 20, "max_grad_norm": 1.0},
+            values={
+                "resolution": 64,
+                "validation_num_inference_steps": 20,
+                "validation_guidance": 3.0,
+                "max_grad_norm": 1.0,
+            },
         ),
     },
     latent=LatentGeometry(channels=4, stride=8, patch=2),

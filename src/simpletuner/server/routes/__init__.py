@@ -1,0 +1,1 @@
+"""One module a resource; each thin over the store and the supervisor."""

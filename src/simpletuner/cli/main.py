@@ -1,0 +1,64 @@
+"""The `simpletuner` command: a tree whose branches are imported when they are used, and the edge of its errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from simpletuner import __version__
+from simpletuner.errors import UserError
+
+COMMANDS = {
+    "server": ("simpletuner.cli.server:server", "Serve the HTTP API."),
+    "train": ("simpletuner.cli.train:train", "Train here, in the foreground."),
+    "options": ("simpletuner.cli.options:options", "Explain an option, or list them all."),
+    "ledger": ("simpletuner.cli.ledger:ledger", "What would become of every file of a dataset."),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 ok, 2 usage, those of the contract for a user's mistake (api.md §6)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words == ["--version"]:
+        print(__version__)
+        return 0
+    try:
+        return _run(words)
+    except UserError as error:
+        print_error(error)
+        return int(error.exit_code)
+
+
+def _run(words: list[str]) -> int:
+    from cyclopts import App, CycloptsError
+
+    app = App(
+        name="simpletuner",
+        version=__version__,
+        help="Fine-tune diffusion models: start a server, or train right here.",
+        result_action="return_value",
+    )
+    for name, (place, summary) in COMMANDS.items():
+        app.command(place, name=name, help=summary)
+    try:
+        result = app(words, exit_on_error=False)
+    except CycloptsError:
+        return 2
+    return result if isinstance(result, int) else 0
+
+
+def print_error(error: UserError) -> None:
+    """Every problem with its place and its cure, on stderr."""
+    if not error.problems:
+        print(f"{error.code}: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  {error.hint}", file=sys.stderr)
+        return
+    for problem in error.problems:
+        print(f"{problem.pointer or '/'}  {problem.code}: {problem.message}", file=sys.stderr)
+        if problem.hint:
+            print(f"  {problem.hint}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

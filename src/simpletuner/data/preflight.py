@@ -1,0 +1,60 @@
+"""`python -m simpletuner.data.preflight`: discovery alone, for commands and servers that load no torch.
+
+Reads `{"datasets": […], "alignment": n, "ignore_missing_files": false}` from standard input; writes JSON lines: a row
+per file, then per dataset `{"summary": …}`, then `{"problem": …}` for what a run would say. Exit code 65 where a run
+would end.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from simpletuner.config.dataset_options import MODELS, PictureDataset, dataset_kind
+from simpletuner.data.ledger import check_defects, dataset_report, ledger_row
+from simpletuner.data.manifest import discover
+from simpletuner.errors import ExitCode, Problem, UserError
+
+
+def main() -> ExitCode:
+    request: dict[str, Any] = json.load(sys.stdin)
+    entries = [_entry(row) for row in request["datasets"]]
+    try:
+        manifests = [
+            discover(entry, alignment=request["alignment"], cache_dir=Path(entry.cache_dir_vae) / "scan")
+            for entry in entries
+        ]
+        for manifest in manifests:
+            for row in range(len(manifest)):
+                _write({"dataset": manifest.dataset.id, **ledger_row(manifest, row)})
+        for manifest in manifests:
+            _write({"summary": dataset_report(manifest)})
+        problems = check_defects(manifests, ignore_missing_files=request["ignore_missing_files"])
+    except UserError as error:
+        found = list(error.problems) or [Problem(code=error.code, message=error.message, hint=error.hint)]
+        _write_problems(found)
+        return error.exit_code
+    _write_problems(problems)
+    return ExitCode.DONE
+
+
+def _entry(row: dict[str, Any]) -> PictureDataset:
+    entry = MODELS[dataset_kind(row)].model_validate(row)
+    if not isinstance(entry, PictureDataset):
+        raise TypeError(f"{row['id']} holds no pictures")
+    return entry
+
+
+def _write_problems(problems: list[Problem]) -> None:
+    for problem in problems:
+        _write({"problem": {"level": problem.level.value, **problem.as_dict()}})
+
+
+def _write(row: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Where jobs run. An executor launches and says whether what it launched still lives; it holds no truth."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import simpletuner
+from simpletuner.job import Command, JobDir
+from simpletuner.jobs.devices import Device
+
+PACKAGE_ROOT = Path(simpletuner.__file__).parents[1]
+
+
+class Executor(Protocol):
+    def start(self, job: JobDir, devices: Sequence[Device]) -> None:
+        """Launch the runner of the job. Raises OSError when this machine cannot."""
+        ...
+
+    def is_alive(self, job: JobDir) -> bool:
+        """Whether a runner lives, or one that was launched may yet take the lock."""
+        ...
+
+    def send(self, job: JobDir, command: Command) -> None: ...
+
+    def reap(self) -> None:
+        """Take leave of children that ended."""
+        ...
+
+
+class LocalExecutor:
+    """Spawns runners that outlive this process; their lock tells the next server of them."""
+
+    def __init__(self, environ: Mapping[str, str], *, num_slots: int = 1) -> None:
+        self._environ = environ
+        self._num_slots = num_slots
+        self._children: dict[Path, subprocess.Popen[bytes]] = {}
+
+    def start(self, job: JobDir, devices: Sequence[Device]) -> None:
+        spec = job.read_spec()
+        with job.log_path.open("ab") as log:
+            self._children[job.root] = subprocess.Popen(
+                [sys.executable, "-m", "simpletuner.jobs.runner", str(job.root)],
+                cwd=spec.workspace,
+                env=self._environment(devices),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def is_alive(self, job: JobDir) -> bool:
+        child = self._children.get(job.root)
+        return (child is not None and child.poll() is None) or job.is_locked()
+
+    def send(self, job: JobDir, command: Command) -> None:
+        job.send(command)
+
+    def reap(self) -> None:
+        self._children = {root: child for root, child in self._children.items() if child.poll() is None}
+
+    def _environment(self, devices: Sequence[Device]) -> dict[str, str]:
+        environ = dict(self._environ)
+        # The code of this server, wherever it was imported from, and never what lies in the workspace.
+        paths = [str(PACKAGE_ROOT), *filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))]
+        environ["PYTHONPATH"] = os.pathsep.join(str(Path(path).resolve()) for path in paths)
+        environ["PYTHONSAFEPATH"] = "1"
+        if self._num_slots > 1 and all(device.kind == "cpu" for device in devices):
+            # Slots of one processor share its cores: more threads than cores make every one of them slower.
+            environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self._num_slots)))
+        environ["CUDA_VISIBLE_DEVICES"] = ",".join(device.visible_id for device in devices if device.kind == "cuda")
+        return environ

@@ -1,0 +1,166 @@
+"""The one who changes the status of jobs: a task of the server that looks after them all."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+
+from simpletuner.errors import UserError
+from simpletuner.job import ACTIVE, JobStatus
+from simpletuner.jobs.executor import Executor
+from simpletuner.jobs.feed import Feed
+from simpletuner.jobs.placement import Placement
+from simpletuner.jobs.watch import Watch, end_command
+from simpletuner.store.events import StoredEvent
+from simpletuner.store.job_row import JobRow, Move
+from simpletuner.store.store import Store
+
+log = logging.getLogger(__name__)
+
+ACTIVE_TICK_S = 0.1
+IDLE_TICK_S = 1.0
+PLAN_EVERY_S = 1.0
+STALLED_AFTER_S = 10.0
+STRONGER = {("yield", "stop"), ("yield", "cancel"), ("stop", "cancel")}
+
+
+class Supervisor:
+    """`tick` does one round; `run` repeats it on the event loop. Requests come from any thread."""
+
+    def __init__(
+        self,
+        store: Store,
+        executor: Executor,
+        placement: Placement,
+        feed: Feed,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._executor = executor
+        self._placement = placement
+        self._feed = feed
+        self._clock = clock
+        self._watch = Watch(store, executor, clock)
+        self._lock = threading.RLock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._awake = asyncio.Event()
+        self._closing = False
+        self._last_tick = clock()
+        self._last_plan = float("-inf")
+        self._requested = False
+        self._num_active = 0
+
+    @contextmanager
+    def exclusive(self) -> Generator[Placement]:
+        """Nothing is placed, ended or accepted by anybody else meanwhile."""
+        with self._lock:
+            self._requested = True
+            yield self._placement
+
+    def tick(self) -> list[StoredEvent]:
+        """Look at every unfinished job, plan the queue, relay the outbox. Returns the newly stored events."""
+        fresh: list[StoredEvent] = []
+        with self._lock:
+            self._executor.reap()
+            active = self._store.jobs.with_status(ACTIVE)
+            for job in active:
+                self._guard(f"looking at job {job.job_id}", self._observe, job, fresh)
+            still_active = self._store.jobs.with_status(ACTIVE)
+            if self._plan_is_due(changed=len(still_active) != len(active)):
+                self._guard("planning the queue", self._placement.place)
+            self._guard("relaying events", self._relay, fresh)
+            self._num_active = len(self._store.jobs.with_status(ACTIVE))
+            self._last_tick = self._clock()
+        return fresh
+
+    def _plan_is_due(self, *, changed: bool) -> bool:
+        """At every end and request, and each second: priorities age, and other settings change."""
+        now = self._clock()
+        if not (changed or self._requested or now - self._last_plan >= PLAN_EVERY_S):
+            return False
+        self._requested = False
+        self._last_plan = now
+        return True
+
+    def request_end(self, job_id: str, mode: str) -> JobRow:
+        """Stop, cancel or yield `job_id`: at once where nothing runs, else by asking. Returns the job as it is then.
+
+        A job that ended already, or is already being ended as strongly, is left as it is.
+        """
+        with self._lock:
+            job = self._job(job_id)
+            if job.status in {JobStatus.QUEUED, JobStatus.BLOCKED}:
+                self._move(job, JobStatus.CANCELLED, mode, "Cancelled before it started")
+            elif job.status in {JobStatus.STARTING, JobStatus.RUNNING}:
+                self._move(job, JobStatus.STOPPING, mode, f"Asked to {mode}")
+                self._executor.send(self._placement.job_dir(job_id), end_command(job, mode))
+            elif (
+                job.status is JobStatus.STOPPING
+                and job.mode is not None
+                and (job.mode, mode) in STRONGER
+                and self._store.jobs.override_mode(job_id, from_mode=job.mode, to_mode=mode)
+            ):
+                self._executor.send(self._placement.job_dir(job_id), end_command(job, mode))
+            self._requested = True
+            self.wake()
+            return self._job(job_id)
+
+    async def run(self) -> None:
+        """Until `close`. A round that fails is logged and the next one tried."""
+        self._loop = asyncio.get_running_loop()
+        while not self._closing:
+            fresh = await asyncio.to_thread(self._guarded_tick)
+            self._feed.publish(fresh)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ACTIVE_TICK_S if self._num_active else IDLE_TICK_S):
+                    await self._awake.wait()
+            self._awake.clear()
+
+    def wake(self) -> None:
+        """Have the next round begin now. From any thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._awake.set)
+
+    def close(self) -> None:
+        self._closing = True
+        self.wake()
+
+    @property
+    def is_healthy(self) -> bool:
+        return self._clock() - self._last_tick < STALLED_AFTER_S
+
+    def _guarded_tick(self) -> list[StoredEvent]:
+        fresh: list[StoredEvent] = []
+        self._guard("supervising", lambda: fresh.extend(self.tick()))
+        return fresh
+
+    def _guard(self, what: str, step: Callable[..., object], *args: object) -> None:
+        """The edge of design law 5: what fails for one job must not stop the others."""
+        try:
+            step(*args)
+        except Exception:
+            log.exception("Failed while %s", what)
+
+    def _observe(self, job: JobRow, fresh: list[StoredEvent]) -> None:
+        fresh += self._watch.observe(job, self._placement.job_dir(job.job_id))
+
+    def _relay(self, fresh: list[StoredEvent]) -> None:
+        waiting = self._store.outbox.waiting()
+        if waiting:
+            fresh += self._store.events.relay(event for _, event in waiting)
+            self._store.outbox.forget(waiting[-1][0])
+
+    def _move(self, job: JobRow, to: JobStatus, mode: str, reason: str) -> None:
+        move = Move(job_id=job.job_id, from_=job.status, to=to, attempt=job.attempt, mode=mode, reason=reason)
+        self._store.jobs.move(move)
+
+    def _job(self, job_id: str) -> JobRow:
+        job = self._store.jobs.get(job_id)
+        if job is None:
+            raise UserError("unknown_job", f"There is no job {job_id}.")
+        return job

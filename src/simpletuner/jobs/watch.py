@@ -1,0 +1,106 @@
+"""Looks at one unfinished job: carries its journal into the store and derives its next status.
+
+A job of a server that died is looked at in the same way; there is no other recovery.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from simpletuner.events import EventType
+from simpletuner.job import Command, CommandName, ExitRecord, JobDir, JobStatus
+from simpletuner.jobs.executor import Executor
+from simpletuner.jobs.outcome import judge
+from simpletuner.store.events import StoredEvent
+from simpletuner.store.job_row import JobRow, Move
+from simpletuner.store.store import Store
+
+LOST_AFTER_S = 0.5
+"""A lock must be free for this long: askers share it for an instant, a runner needs one to take it."""
+SPAWN_GRACE_S = 10.0
+"""For a job whose runner never took the lock: perhaps its server died between the lease and the launch."""
+
+
+class Watch:
+    """`clock` is monotonic seconds."""
+
+    def __init__(self, store: Store, executor: Executor, clock: Callable[[], float]) -> None:
+        self._store = store
+        self._executor = executor
+        self._clock = clock
+        self._free_since: dict[str, float] = {}
+        self._known: set[str] = set()
+
+    def observe(self, job: JobRow, folder: JobDir) -> list[StoredEvent]:
+        """Returns the events that are new in the store."""
+        # In this order: whoever is found gone has said everything before the journal is read.
+        alive = self._executor.is_alive(folder)
+        record = folder.read_exit()
+        fresh = self._store.events.tail(job.job_id, folder.journal_path)
+        if job.status is JobStatus.STARTING:
+            job = self._enter_loop(job, fresh)
+        if record is not None and record.attempt == job.attempt:
+            self._end(job, record)
+        elif alive:
+            self._free_since.pop(job.job_id, None)
+            self._resend(job, folder)
+        elif self._is_lost(job, folder):
+            self._end(job, None)
+        self._known.add(job.job_id)
+        return fresh
+
+    def _enter_loop(self, job: JobRow, fresh: list[StoredEvent]) -> JobRow:
+        """The trainer says so in its journal. At first sight the whole history is asked: an earlier server may have
+        stored the event and died."""
+        if job.job_id in self._known and not any(event.type == EventType.TRAINING_STATUS for event in fresh):
+            return job
+        said = self._store.events.of_type(job.job_id, EventType.TRAINING_STATUS)
+        if not any(_is_loop_entry(event, job.attempt) for event in said):
+            return job
+        move = Move(job_id=job.job_id, from_=JobStatus.STARTING, to=JobStatus.RUNNING, attempt=job.attempt)
+        self._store.jobs.move(move)
+        return self._store.jobs.get(job.job_id) or job
+
+    def _is_lost(self, job: JobRow, folder: JobDir) -> bool:
+        now = self._clock()
+        since = self._free_since.setdefault(job.job_id, now)
+        return now - since >= (LOST_AFTER_S if folder.lock_path.exists() else SPAWN_GRACE_S)
+
+    def _resend(self, job: JobRow, folder: JobDir) -> None:
+        """A server may die between storing a request and sending it; repeats are ignored by their id."""
+        if job.status is JobStatus.STOPPING and job.mode and job.job_id not in self._known:
+            self._executor.send(folder, end_command(job, job.mode))
+
+    def _end(self, job: JobRow, record: ExitRecord | None) -> None:
+        outcome = judge(
+            status=job.status, mode=job.mode, record=record, attempt=job.attempt, max_attempts=job.max_attempts
+        )
+        move = Move(
+            job_id=job.job_id,
+            from_=job.status,
+            to=outcome.to,
+            attempt=job.attempt,
+            reason=outcome.reason,
+            mode=job.mode or (record.mode if record else None),
+            forced=record.forced if record else None,
+            next_attempt=outcome.next_attempt,
+            exit=exit_summary(record) if record else None,
+        )
+        if self._store.jobs.move(move):
+            self._free_since.pop(job.job_id, None)
+            self._known.discard(job.job_id)
+
+
+def end_command(job: JobRow, mode: str) -> Command:
+    return Command(command=CommandName(mode), request_id=f"{mode}-{job.job_id}-{job.attempt}")
+
+
+def exit_summary(record: ExitRecord) -> dict[str, object]:
+    """The `exit` of api.md §2.10."""
+    return record.model_dump(include={"code", "signal", "error_code", "message", "hint", "log_tail"})
+
+
+def _is_loop_entry(event: StoredEvent, attempt: int) -> bool:
+    body = json.loads(event.body)
+    return body.get("attempt") == attempt and body.get("data", {}).get("status") in {"running", "resumed"}

@@ -1,0 +1,99 @@
+"""Builds the application: everything is made here and passed on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import Depends, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+
+import simpletuner
+from simpletuner.server.boundary import BodyLimit, Boundary
+from simpletuner.server.core import Core
+from simpletuner.server.docs import add_docs
+from simpletuner.server.errors import add_error_handlers, error_responses
+from simpletuner.server.query import refuse_unknown_query
+from simpletuner.server.routes import (
+    configs,
+    environments,
+    events,
+    health,
+    jobs,
+    logs,
+    system,
+    training,
+    training_control,
+)
+from simpletuner.server.security import Security
+from simpletuner.server.settings import ServerSettings
+
+EVERYWHERE = error_responses("invalid_credentials", "origin_not_allowed", "invalid_field", "unknown_field")
+
+
+def create_app(
+    settings: ServerSettings,
+    *,
+    core: Core | None = None,
+    request_shutdown: Callable[[], None] = lambda: None,
+) -> FastAPI:
+    """Without `core` one is built when the application starts, and closed at its end."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        built = core or await asyncio.to_thread(Core.build, settings, os.environ)
+        app.state.core = built
+        supervising = asyncio.create_task(built.supervisor.run())
+        try:
+            yield
+        finally:
+            built.feed.close()
+            built.supervisor.close()
+            await supervising
+            if core is None:
+                built.close()
+
+    app = FastAPI(
+        title="SimpleTuner",
+        version=simpletuner.__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        dependencies=[Depends(refuse_unknown_query)],
+        responses=EVERYWHERE,
+        separate_input_output_schemas=False,
+    )
+    app.state.request_shutdown = request_shutdown
+    add_error_handlers(app)
+    _add_routes(app)
+    add_docs(app)
+    # The last one added is the outermost.
+    app.add_middleware(Security, settings=settings)
+    app.add_middleware(BodyLimit)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.allowed_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            allow_credentials=True,
+        )
+    app.add_middleware(Boundary)
+    return app
+
+
+def _add_routes(app: FastAPI) -> None:
+    app.include_router(health.router)
+    app.include_router(events.router)
+    app.include_router(system.router)
+    app.include_router(training.router)
+    app.include_router(training_control.router)
+    # Before `/{name}`: these are words that no environment can be called.
+    app.include_router(environments.router)
+    app.include_router(configs.router)
+    for router in (jobs.router, logs.router):
+        app.include_router(router, prefix="/api/jobs")
+        app.include_router(router, prefix="/api/cloud/jobs", include_in_schema=False)

@@ -1,0 +1,109 @@
+"""What the routes work with. Built once, in `server/app.py`, and handed to each request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends
+from starlette.requests import HTTPConnection
+
+from simpletuner.config.directories import Directories
+from simpletuner.config.environments import Environments, to_json
+from simpletuner.errors import UserError
+from simpletuner.events import AnyData, Event, EventType
+from simpletuner.job import write_atomic
+from simpletuner.jobs.devices import read_inventory
+from simpletuner.jobs.executor import LocalExecutor
+from simpletuner.jobs.feed import Feed
+from simpletuner.jobs.placement import Placement
+from simpletuner.jobs.supervisor import Supervisor
+from simpletuner.server.security import Identity
+from simpletuner.server.settings import ServerSettings
+from simpletuner.server.stages import StageBoard
+from simpletuner.store.job_row import JobRow
+from simpletuner.store.settings import ACTIVE_ENVIRONMENT
+from simpletuner.store.store import Store
+
+WEBHOOK_TEMPLATE = [{"webhook_type": "raw", "callback_url": "https://example.com/simpletuner", "log_level": "info"}]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Core:
+    settings: ServerSettings
+    store: Store
+    placement: Placement
+    supervisor: Supervisor
+    feed: Feed
+    stages: StageBoard
+    environments: Environments
+    directories: Directories
+    started_at: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def build(cls, settings: ServerSettings, environ: Mapping[str, str]) -> Core:
+        """Make the directories, open and migrate the databases, take the inventory."""
+        if not settings.config_dir.exists():
+            settings.config_dir.mkdir(parents=True)
+            write_atomic(settings.config_dir / "webhooks.json", to_json(WEBHOOK_TEMPLATE))
+        settings.datasets_dir.mkdir(parents=True, exist_ok=True)
+        settings.jobs_root.mkdir(parents=True, exist_ok=True)
+        settings.state_dir.chmod(0o700)
+        store = Store.open(settings.state_dir, database_url=settings.database_url)
+        devices = read_inventory(settings.devices, environ)
+        executor = LocalExecutor(environ, num_slots=len(devices))
+        placement = Placement(store, executor, devices, settings.jobs_root)
+        placement.remove_strays()
+        feed = Feed()
+        supervisor = Supervisor(store, executor, placement, feed)
+        return cls(
+            settings=settings,
+            store=store,
+            placement=placement,
+            supervisor=supervisor,
+            feed=feed,
+            stages=StageBoard(store.events),
+            environments=Environments(settings.config_dir),
+            directories=Directories(settings.workspace, settings.config_dir),
+        )
+
+    def job(self, job_id: str) -> JobRow:
+        """Raises UserError `unknown_job`."""
+        job = self.store.jobs.get(job_id)
+        if job is None:
+            raise UserError("unknown_job", f"There is no job {job_id}.")
+        return job
+
+    def active_environment(self) -> str | None:
+        """Stored, never implied; None when it is gone from the disk."""
+        name = self.store.settings.get(ACTIVE_ENVIRONMENT)
+        return name if name in self.environments.names() else None
+
+    def activate(self, name: str | None) -> None:
+        """Raises UserError `unknown_config`."""
+        if name is not None:
+            self.environments.folder(name)
+        self.store.settings.set(ACTIVE_ENVIRONMENT, name)
+        self.announce_config(name or "", "activated" if name else "deactivated")
+
+    def announce_config(self, name: str, what: str) -> None:
+        data = AnyData.model_validate({"name": name, "change": what})
+        self.store.outbox.put(Event(type=EventType.CONFIG_UPDATED, message=f"Environment {name} {what}", data=data))
+        self.supervisor.wake()
+
+    def close(self) -> None:
+        self.store.close()
+
+
+def _core(connection: HTTPConnection) -> Core:
+    return connection.app.state.core
+
+
+def _identity(connection: HTTPConnection) -> Identity:
+    return connection.state.identity
+
+
+CoreDep = Annotated[Core, Depends(_core)]
+IdentityDep = Annotated[Identity, Depends(_identity)]

@@ -1,0 +1,198 @@
+"""/api/jobs and its alias /api/cloud/jobs (api.md §2.10)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import FileResponse
+from pydantic import BaseModel
+
+from simpletuner.errors import UserError
+from simpletuner.events import EventType
+from simpletuner.job import JobStatus
+from simpletuner.server import control
+from simpletuner.server.config_view import JobConfig, show_config
+from simpletuner.server.control import ControlAnswer, RequestAnswer
+from simpletuner.server.core import Core, CoreDep
+from simpletuner.server.errors import error_responses
+from simpletuner.server.event_view import Images, artifact_url, find_artifact, media_of
+from simpletuner.server.job_view import JobView, show_jobs
+from simpletuner.server.routes.events import EventPage, read_page
+from simpletuner.store.event_filter import EventFilter
+from simpletuner.store.job_row import JobQuery
+
+router = APIRouter(tags=["jobs", "training"])
+
+UNKNOWN = error_responses("unknown_job")
+
+
+class JobList(BaseModel):
+    jobs: list[JobView]
+    total: int
+
+
+class OneJob(BaseModel):
+    job: JobView
+
+
+class Artifact(BaseModel):
+    id: str
+    kind: str
+    mime_type: str
+    bytes: int
+    step: int | None
+    url: str
+
+
+class Success(BaseModel):
+    success: bool = True
+
+
+@router.get("", operation_id="list_jobs")
+def list_jobs(
+    core: CoreDep,
+    response: Response,
+    status: Annotated[list[JobStatus] | None, Query()] = None,
+    target: str | None = None,
+    config_name: str | None = None,
+    user: str | None = None,
+    since: Annotated[str | None, Query(description="Created at or after this time.", max_length=40)] = None,
+    limit: Annotated[int, Query(ge=1, le=500)] = 100,
+    offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
+) -> JobList:
+    """Newest first."""
+    query = JobQuery(
+        statuses=tuple(status or ()),
+        target=target,
+        config_name=config_name,
+        user_id=user,
+        since=since,
+        limit=limit,
+        offset=offset,
+    )
+    page = core.store.jobs.find(query)
+    response.headers["X-Total-Count"] = str(page.total)
+    return JobList(jobs=show_jobs(core, page.jobs), total=page.total)
+
+
+@router.get("/{job_id}", operation_id="get_job", responses=UNKNOWN)
+def get_job(core: CoreDep, job_id: str) -> OneJob:
+    return OneJob(job=show_jobs(core, [core.job(job_id)])[0])
+
+
+@router.get("/{job_id}/config", operation_id="get_job_config", responses=UNKNOWN)
+def get_job_config(core: CoreDep, job_id: str) -> JobConfig:
+    """What was frozen at submit: every option resolved, and where each value came from."""
+    return show_config(core, core.job(job_id))
+
+
+@router.get("/{job_id}/events", operation_id="list_job_events", responses=UNKNOWN)
+async def list_job_events(
+    core: CoreDep,
+    job_id: str,
+    since_index: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0,
+    types: Annotated[list[str] | None, Query()] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
+    wait: Annotated[float, Query(ge=0, le=60)] = 0,
+    images: Images = "inline",
+) -> EventPage:
+    wanted = EventFilter.parse(job_id=core.job(job_id).job_id, types=types or ())
+    return await read_page(core, wanted, since_index=since_index, limit=limit, wait_s=wait, images=images)
+
+
+@router.get("/{job_id}/artifacts", operation_id="list_artifacts", responses=UNKNOWN)
+def list_artifacts(core: CoreDep, job_id: str) -> list[Artifact]:
+    """Of what the job's events refer to, the files that are still there."""
+    core.job(job_id)
+    found: dict[str, Artifact] = {}
+    for event in core.store.events.of_type(job_id, EventType.VALIDATION_IMAGE):
+        body = event.as_dict()
+        for kind, medium in media_of(body):
+            artifact_id = str(medium["artifact_id"])
+            file = find_artifact(core.settings.jobs_root / job_id, artifact_id)
+            if file is not None:
+                found[artifact_id] = Artifact(
+                    id=artifact_id,
+                    kind=kind.removesuffix("s"),
+                    mime_type=medium["mime_type"],
+                    bytes=file.stat().st_size,
+                    step=body.get("data", {}).get("global_step"),
+                    url=artifact_url(job_id, artifact_id),
+                )
+    return list(found.values())
+
+
+@router.get(
+    "/{job_id}/artifacts/{artifact_id}",
+    operation_id="get_artifact",
+    response_class=FileResponse,
+    responses={200: {"content": {"application/octet-stream": {}}}, **error_responses("unknown_job", "not_found")},
+)
+def get_artifact(core: CoreDep, job_id: str, artifact_id: str) -> FileResponse:
+    core.job(job_id)
+    file = find_artifact(core.settings.jobs_root / job_id, artifact_id)
+    if file is None:
+        raise UserError("not_found", f"Job {job_id} has no artifact {artifact_id}.")
+    return FileResponse(file)
+
+
+@router.post(
+    "/{job_id}/stop",
+    operation_id="stop_job",
+    status_code=202,
+    responses=error_responses("unknown_job", "job_not_running"),
+)
+def stop_job(core: CoreDep, job_id: str) -> ControlAnswer:
+    return control.stop(core, job_id)
+
+
+@router.post("/{job_id}/cancel", operation_id="cancel_job", status_code=202, responses=UNKNOWN)
+def cancel_job(core: CoreDep, job_id: str, response: Response) -> ControlAnswer:
+    """200 when it had ended already."""
+    answer, changed = control.cancel(core, job_id)
+    response.status_code = 202 if changed else 200
+    return answer
+
+
+STEP_ERRORS = error_responses("no_active_job", "unknown_job", "job_not_stepping")
+
+
+@router.post("/{job_id}/validation", operation_id="validate_job", responses=STEP_ERRORS)
+def validate_job(core: CoreDep, job_id: str) -> RequestAnswer:
+    return control.request_step(core, job_id, "validate")
+
+
+@router.post("/{job_id}/checkpoint", operation_id="checkpoint_job", responses=STEP_ERRORS)
+def checkpoint_job(core: CoreDep, job_id: str) -> RequestAnswer:
+    return control.request_step(core, job_id, "checkpoint")
+
+
+@router.delete(
+    "/{job_id}",
+    operation_id="delete_job",
+    responses=error_responses("path_outside_root", "unknown_job", "job_not_terminal"),
+)
+def delete_job(core: CoreDep, job_id: str, purge_output: bool = False) -> Success:
+    """Row, folder and log go; its events stay readable. `purge_output` also removes its output folder."""
+    job = core.job(job_id)
+    if not job.status.is_terminal:
+        raise UserError("job_not_terminal", f"Job {job_id} is {job.status}.", hint="Cancel it first.")
+    output = _purgeable_output(core, job.output_dir) if purge_output else None
+    # The row first: a folder without one is removed at the next start, should we die in between.
+    if core.store.jobs.delete(job_id):
+        core.store.events.forget_position(job_id)
+        shutil.rmtree(core.placement.job_dir(job_id).root, ignore_errors=True)
+        if output is not None:
+            shutil.rmtree(output, ignore_errors=True)
+    return Success()
+
+
+def _purgeable_output(core: Core, output_dir: str) -> Path:
+    output, workspace = Path(output_dir).resolve(), core.settings.workspace.resolve()
+    kept = {workspace, core.settings.config_dir, core.settings.state_dir, core.settings.datasets_dir}
+    if workspace not in output.parents or any(output == place or output in place.parents for place in kept):
+        raise UserError("path_outside_root", f"{output} is not an output folder inside {workspace}; it is kept.")
+    return output

@@ -1,0 +1,185 @@
+"""Validate and start: the routes that take options (api.md §2.4)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import BaseModel
+
+from simpletuner.errors import Problem, UserError
+from simpletuner.server.asking import ask, known_options, typed_values
+from simpletuner.server.core import Core, CoreDep, IdentityDep
+from simpletuner.server.errors import ErrorItem, error_responses, request_id_of
+from simpletuner.server.idempotency import REPLAYED_HEADER, IdempotencyKey, build_claim, find_answer
+from simpletuner.server.launch import Launched, LaunchOptions, launch
+from simpletuner.server.negotiation import (
+    message_fragment,
+    problem_fragment,
+    wants_html_by_default,
+    wants_html_strictly,
+)
+from simpletuner.server.option_body import OptionBodyDep, option_body_schema
+
+router = APIRouter(prefix="/api/training", tags=["training", "configurations"])
+
+EXAMPLE = {
+    "--model_family": "pixart_sigma",
+    "--model_type": "lora",
+    "--output_dir": "output/demo",
+    "--data_backend_config": "config/multidatabackend.json",
+    "--max_train_steps": 200,
+}
+Environment = Annotated[
+    str | None, Query(max_length=80, description="Base in place of the active environment; `-` for none.")
+]
+
+
+class ValidateAnswer(BaseModel):
+    valid: bool
+    errors: list[ErrorItem]
+    warnings: list[ErrorItem]
+    resolved_config: dict[str, Any]
+    provenance: dict[str, str]
+
+
+class StartAnswer(BaseModel):
+    success: bool = True
+    message: str
+    job_id: str
+    status: str
+    allocated_gpus: list[int] | None
+    queue_position: int | None
+    config_name: str
+    config_written: str | None
+    warnings: list[ErrorItem]
+    reason: str | None
+
+
+class ConfigAnswer(BaseModel):
+    message: str
+    config_name: str
+    etag: str
+    warnings: list[ErrorItem]
+
+
+def show_problems(problems: list[Problem]) -> list[ErrorItem]:
+    return [ErrorItem.model_validate(problem.as_dict()) for problem in problems]
+
+
+@router.post(
+    "/validate",
+    operation_id="validate_config",
+    response_model=ValidateAnswer,
+    responses={200: {"content": {"text/html": {}}}, **error_responses("unknown_config", "unsupported_media_type")},
+    openapi_extra=option_body_schema(EXAMPLE),
+)
+def validate_config(
+    core: CoreDep, request: Request, body: OptionBodyDep, environment: Environment = None, deep: bool = False
+) -> Response:
+    """What a start would say; nothing is written. HTML unless JSON is asked for."""
+    if deep:
+        raise UserError("not_implemented", "A deep validation is not built yet.", hint="Leave deep out.")
+    resolution = ask(core, body, environment, for_start=False).resolution
+    errors, warnings = resolution.errors, resolution.warnings
+    status = 422 if errors else 200
+    if wants_html_by_default(request.headers):
+        return HTMLResponse(problem_fragment(valid=not errors, errors=errors, warnings=warnings), status)
+    answer = ValidateAnswer(
+        valid=not errors,
+        errors=show_problems(errors),
+        warnings=show_problems(warnings),
+        resolved_config=resolution.dashed_values(),
+        provenance=resolution.provenance(),
+    ).model_dump()
+    if errors:
+        error = UserError.from_problems(errors)
+        answer |= {"detail": error.message, "code": error.code, "request_id": request_id_of(request.scope)}
+    return JSONResponse(answer, status)
+
+
+@router.post(
+    "/start",
+    operation_id="start_training",
+    status_code=202,
+    response_model=StartAnswer,
+    responses=error_responses("unknown_config", "gpus_unavailable", "in_flight", "unsupported_media_type"),
+    openapi_extra=option_body_schema(EXAMPLE),
+)
+def start_training(
+    core: CoreDep,
+    identity: IdentityDep,
+    request: Request,
+    body: OptionBodyDep,
+    environment: Environment = None,
+    no_wait: Annotated[bool, Query(description="Refuse rather than queue.")] = False,
+    any_gpu: Annotated[bool, Query(description="Take other devices than the preferred ones.")] = False,
+    priority: Annotated[int | None, Query(ge=0, le=50)] = None,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Start what validate calls valid, now or as soon as devices are free."""
+    written = [list(pair) for pair in body.pairs] if body.is_form else body.values
+    claim = build_claim(identity.user_id, idempotency_key, ["start", written, environment, no_wait, any_gpu, priority])
+    html = wants_html_strictly(request.headers)
+    stored = find_answer(core, claim)
+    if stored is not None:
+        return _start_response(stored, html=html, replayed=True)
+    asked = ask(core, body, environment, for_start=True)
+    asked.resolution.require()
+    options = LaunchOptions(no_wait=no_wait, any_gpu=any_gpu, priority=priority, user_id=identity.user_id, claim=claim)
+    launched = launch(core, asked, options)
+    answer = _start_answer(core, launched, asked.resolution.warnings).model_dump()
+    if claim is not None:
+        core.store.jobs.store_answer(claim.user_id, claim.key, answer)
+    return _start_response(answer, html=html, replayed=False)
+
+
+def _start_answer(core: Core, launched: Launched, warnings: list[Problem]) -> StartAnswer:
+    job, wait = launched.submitted.job, launched.submitted.wait
+    file = launched.config_written
+    workspace = core.settings.workspace
+    return StartAnswer(
+        message="Training started" if wait is None else "Training queued",
+        job_id=job.job_id,
+        status="running" if wait is None else "queued",
+        allocated_gpus=None if job.devices is None else list(job.devices),
+        queue_position=wait.position if wait else None,
+        config_name=launched.config_name,
+        config_written=str(file.relative_to(workspace) if file.is_relative_to(workspace) else file),
+        warnings=show_problems(warnings),
+        reason=wait.reason if wait else None,
+    )
+
+
+def _start_response(answer: dict[str, Any], *, html: bool, replayed: bool) -> Response:
+    headers = {REPLAYED_HEADER: "true"} if replayed else None
+    if html:
+        message = f"{answer['message']}: {answer['job_id']}"
+        fragment = message_fragment(message, ok=True, attributes={"job-id": answer["job_id"]})
+        return HTMLResponse(fragment, 202, headers=headers)
+    return JSONResponse(answer, 202, headers=headers)
+
+
+@router.post(
+    "/config",
+    operation_id="update_active_config",
+    responses=error_responses("no_active_environment", "unknown_config", "unsupported_media_type"),
+    openapi_extra=option_body_schema({"--learning_rate": 0.0001}, required=True),
+)
+def update_active_config(core: CoreDep, body: OptionBodyDep, environment: Environment = None) -> ConfigAnswer:
+    """Merge options into the active environment; nothing starts."""
+    name = environment or core.active_environment()
+    if name is None:
+        raise UserError("no_active_environment", "No environment is active.", hint="Activate one first.")
+    stored = core.environments.read(name).config
+    known = known_options(body.value("model_family") or stored.get("--model_family"))
+    layer = body.layer(known)
+    if not layer.values and not layer.problems:
+        raise UserError("body_required", "This request needs options.", hint="For example --learning_rate.")
+    changes = {f"--{option}": value for option, value in typed_values(layer, known).items()}
+    merged = {option: value for option, value in (stored | changes).items() if value is not None}
+    etag = core.environments.write(name, merged)
+    core.announce_config(name, "changed")
+    warnings = [problem for problem in layer.problems if problem.level == "warning"]
+    return ConfigAnswer(message=f"{name} updated", config_name=name, etag=etag, warnings=show_problems(warnings))

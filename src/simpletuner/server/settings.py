@@ -1,0 +1,94 @@
+"""What a server is told at its start: flags before variables before defaults (api.md §1.7)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpletuner.errors import UserError
+
+DEFAULT_HOST = "0.0.0.0"
+DEFAULT_PORT = 8001
+DEFAULT_STOP_GRACE_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """Directories are absolute."""
+
+    workspace: Path
+    config_dir: Path
+    state_dir: Path
+    datasets_dir: Path
+    host: str = DEFAULT_HOST
+    port: int = DEFAULT_PORT
+    devices: str = "auto"
+    database_url: str | None = None
+    log_level: str = "info"
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    open_loopback: bool = True
+    public_docs: bool = False
+    stop_grace_s: float = DEFAULT_STOP_GRACE_S
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+
+    @classmethod
+    def read(
+        cls, flags: Mapping[str, str | int | bool | None], environ: Mapping[str, str], cwd: Path
+    ) -> ServerSettings:
+        """`flags` holds what was given on the command line, under these names; absent or None falls through."""
+        source = _Source(flags, environ)
+        workspace = (cwd / (source.text("workspace") or ".")).resolve()
+        config_dir = workspace / (source.text("config_dir") or "config")
+        certfile, keyfile = source.text("ssl_certfile"), source.text("ssl_keyfile")
+        return cls(
+            workspace=workspace,
+            config_dir=config_dir,
+            state_dir=workspace / (source.text("state_dir") or ".simpletuner"),
+            datasets_dir=workspace / (source.text("datasets_dir") or environ.get("DATASETS_DIR") or "datasets"),
+            host=source.text("host") or DEFAULT_HOST,
+            port=source.number("port", DEFAULT_PORT),
+            devices=environ.get("SIMPLETUNER_DEVICES", "auto"),
+            database_url=source.text("database_url"),
+            log_level=(source.text("log_level") or "info").lower(),
+            allowed_hosts=source.names("allowed_hosts"),
+            allowed_origins=source.names("allowed_origins"),
+            open_loopback=not flags.get("no_open_loopback"),
+            public_docs=bool(flags.get("public_docs")),
+            stop_grace_s=float(source.number("stop_grace_s", int(DEFAULT_STOP_GRACE_S))),
+            ssl_certfile=cwd / certfile if certfile else None,
+            ssl_keyfile=cwd / keyfile if keyfile else None,
+        )
+
+    @property
+    def jobs_root(self) -> Path:
+        return self.state_dir / "jobs"
+
+    @property
+    def url(self) -> str:
+        scheme = "https" if self.ssl_certfile else "http"
+        host = "localhost" if self.host in {"0.0.0.0", "::"} else self.host
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class _Source:
+    flags: Mapping[str, str | int | bool | None]
+    environ: Mapping[str, str]
+
+    def text(self, name: str) -> str | None:
+        flag = self.flags.get(name)
+        return str(flag) if flag is not None else self.environ.get(f"SIMPLETUNER_{name.upper()}") or None
+
+    def number(self, name: str, default: int) -> int:
+        text = self.text(name)
+        try:
+            return default if text is None else int(text)
+        except ValueError as error:
+            message = f"{name} must be a whole number, not {text!r}."
+            raise UserError("invalid_config", message, hint=f"For example --{name} {default}.") from error
+
+    def names(self, name: str) -> tuple[str, ...]:
+        return tuple(part.strip().lower() for part in (self.text(name) or "").split(",") if part.strip())

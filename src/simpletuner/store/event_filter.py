@@ -1,0 +1,57 @@
+"""Which event types a reader wants: globs with `*` and `?`, the same in SQL and in memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from sqlalchemy import ColumnElement, and_, or_
+
+from simpletuner.errors import UserError
+from simpletuner.store.schema import events
+
+MOST_GLOBS = 50
+MOST_GLOB_CHARS = 64
+
+
+@dataclass(frozen=True)
+class EventFilter:
+    """Empty `types` means all; `job_id` None means every job and the server's own events."""
+
+    job_id: str | None = None
+    types: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, *, job_id: str | None = None, types: Iterable[str] = ()) -> EventFilter:
+        """Each of `types` may be a comma list. Raises UserError `invalid_field` for more than a query can hold."""
+        wanted = tuple(glob.strip() for part in types for glob in part.split(",") if glob.strip())
+        if len(wanted) > MOST_GLOBS or any(len(glob) > MOST_GLOB_CHARS for glob in wanted):
+            message = f"types takes at most {MOST_GLOBS} globs of at most {MOST_GLOB_CHARS} characters."
+            raise UserError("invalid_field", message, pointer="/types")
+        return cls(job_id=job_id, types=wanted)
+
+    def accepts(self, *, job_id: str | None, type_: str) -> bool:
+        if self.job_id is not None and job_id != self.job_id:
+            return False
+        return not self.types or self._pattern.fullmatch(type_) is not None
+
+    def clause(self) -> ColumnElement[bool]:
+        wanted: list[ColumnElement[bool]] = []
+        if self.job_id is not None:
+            wanted.append(events.c.job_id == self.job_id)
+        if self.types:
+            wanted.append(or_(*(events.c.type.like(_as_like(glob), escape="\\") for glob in self.types)))
+        return and_(True, *wanted)
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        globs = (re.escape(glob).replace(r"\*", ".*").replace(r"\?", ".") for glob in self.types)
+        # LIKE does not look at case either.
+        return re.compile("|".join(globs), re.IGNORECASE)
+
+
+def _as_like(glob: str) -> str:
+    escaped = re.sub(r"([\\%_])", r"\\\1", glob)
+    return escaped.replace("*", "%").replace("?", "_")

@@ -1,0 +1,91 @@
+"""A job as the table holds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from simpletuner.job import JobStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewJob:
+    """What a submit decides; the store adds times and number."""
+
+    job_id: str
+    output_dir: str
+    num_devices: int = 1
+    preferred_devices: tuple[int, ...] = ()
+    any_gpu: bool = False
+    priority: int = 10
+    target: str = "auto"
+    config_name: str | None = None
+    user_id: str | None = None
+    max_attempts: int = 1
+    retry_of: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRow(NewJob):
+    position: int
+    status: JobStatus
+    created_at: str
+    status_reason: str | None = None
+    mode: str | None = None
+    forced: bool = False
+    attempt: int = 1
+    devices: tuple[int, ...] | None = None
+    queued_at: str | None = None
+    started_at: str | None = None
+    completed_at: str | None = None
+    exit: dict[str, Any] | None = None
+    wait: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """A transition of api.md §4: refused unless the row still has `from_` and `attempt`."""
+
+    job_id: str
+    from_: JobStatus
+    to: JobStatus
+    attempt: int
+    reason: str | None = None
+    mode: str | None = None
+    forced: bool | None = None
+    next_attempt: int | None = None
+    devices: tuple[int, ...] | None = None
+    exit: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """An `Idempotency-Key`, taken in the transaction of its effect."""
+
+    user_id: str
+    key: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claimed:
+    fingerprint: str
+    job_id: str
+    answer: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobQuery:
+    statuses: tuple[JobStatus, ...] = ()
+    target: str | None = None
+    config_name: str | None = None
+    user_id: str | None = None
+    since: str | None = None
+    limit: int = 100
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobPage:
+    jobs: list[JobRow] = field(default_factory=list[JobRow])
+    total: int = 0

@@ -1,0 +1,225 @@
+"""The job table: inserts, guarded transitions with their events and device leases, and reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, delete, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from simpletuner.events import Event, EventType, JobStatusData, JobWaitingData, Severity, utc_now
+from simpletuner.job import ACTIVE, TRANSITIONS, JobStatus
+from simpletuner.store.database import Database
+from simpletuner.store.job_row import Claim, Claimed, JobPage, JobQuery, JobRow, Move, NewJob
+from simpletuner.store.outbox import put_event
+from simpletuner.store.schema import device_leases, idempotency, jobs
+
+LOCAL = "local"
+
+
+class JobStore:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def insert(self, job: NewJob, *, claim: Claim | None = None) -> JobRow:
+        """Accept `job` as queued, with its event and its idempotency key, in one transaction.
+
+        Raises IntegrityError when the key was claimed meanwhile.
+        """
+        now = utc_now()
+        with self._database.write() as connection:
+            values: dict[str, Any] = asdict(job) | {
+                "preferred_devices": list(job.preferred_devices),
+                "status": JobStatus.QUEUED,
+                "forced": False,
+                "attempt": 1,
+                "created_at": now,
+                "queued_at": now,
+            }
+            connection.execute(insert(jobs).values(values))
+            if claim is not None:
+                key = {"job_id": job.job_id, "created_at": now, **asdict(claim)}
+                connection.execute(insert(idempotency).values(key))
+            data = JobStatusData.model_validate({"from": None, "to": JobStatus.QUEUED})
+            put_event(connection, Event(type=EventType.JOB_STATUS, job_id=job.job_id, data=data, message="Queued"))
+            return _row(connection.execute(select(jobs).where(jobs.c.job_id == job.job_id)).one())
+
+    def move(self, move: Move) -> bool:
+        """Make the transition, its event and its leases one transaction.
+
+        False when the row is not in `from_` any more, or a device was taken: nothing is changed then. Raises
+        ValueError for a pair that api.md §4 does not list.
+        """
+        if move.to not in TRANSITIONS[move.from_]:
+            raise ValueError(f"no transition {move.from_} -> {move.to}")
+        try:
+            with self._database.write() as connection:
+                return _move(connection, move)
+        except IntegrityError:
+            return False
+
+    def override_mode(self, job_id: str, *, from_mode: str, to_mode: str) -> bool:
+        """Cancel overrides stop and stop overrides yield while a job is stopping."""
+        with self._database.write() as connection:
+            changed = connection.execute(
+                update(jobs)
+                .where(jobs.c.job_id == job_id, jobs.c.status == JobStatus.STOPPING, jobs.c.mode == from_mode)
+                .values(mode=to_mode)
+            )
+        return changed.rowcount > 0
+
+    def announce_waits(self, waits: Mapping[str, JobWaitingData]) -> None:
+        """Remember why queued jobs wait, with an event for each, in one transaction. Give only what changed."""
+        with self._database.write() as connection:
+            for job_id, wait in waits.items():
+                noted = connection.execute(
+                    update(jobs)
+                    .where(jobs.c.job_id == job_id, jobs.c.status == JobStatus.QUEUED)
+                    .values(wait=wait.model_dump())
+                )
+                if noted.rowcount:
+                    event = Event(type=EventType.JOB_WAITING, job_id=job_id, data=wait, message=wait.reason)
+                    put_event(connection, event)
+
+    def get(self, job_id: str) -> JobRow | None:
+        with self._database.read() as connection:
+            row = connection.execute(select(jobs).where(jobs.c.job_id == job_id)).one_or_none()
+        return _row(row) if row else None
+
+    def with_status(self, statuses: Iterable[JobStatus]) -> list[JobRow]:
+        """In order of creation."""
+        with self._database.read() as connection:
+            rows = connection.execute(
+                select(jobs).where(jobs.c.status.in_(list(statuses))).order_by(jobs.c.position)
+            ).all()
+        return [_row(row) for row in rows]
+
+    def latest_active(self) -> list[JobRow]:
+        """Active jobs, the latest started first."""
+        active = self.with_status(ACTIVE)
+        return sorted(active, key=lambda job: (job.started_at or "", job.position), reverse=True)
+
+    def latest_ended(self) -> JobRow | None:
+        with self._database.read() as connection:
+            row = connection.execute(
+                select(jobs).where(jobs.c.completed_at.is_not(None)).order_by(jobs.c.completed_at.desc()).limit(1)
+            ).one_or_none()
+        return _row(row) if row else None
+
+    def ids(self) -> set[str]:
+        with self._database.read() as connection:
+            return set(connection.scalars(select(jobs.c.job_id)))
+
+    def find(self, query: JobQuery) -> JobPage:
+        """Newest first."""
+        with self._database.read() as connection:
+            total = connection.scalar(_filtered(select(func.count()).select_from(jobs), query)) or 0
+            rows = connection.execute(
+                _filtered(select(jobs), query).order_by(jobs.c.position.desc()).limit(query.limit).offset(query.offset)
+            ).all()
+        return JobPage([_row(row) for row in rows], total)
+
+    def leases(self) -> dict[int, str]:
+        """Local device → job that holds it."""
+        with self._database.read() as connection:
+            rows = connection.execute(
+                select(device_leases.c.device, device_leases.c.job_id).where(device_leases.c.machine == LOCAL)
+            ).all()
+        return {row.device: row.job_id for row in rows}
+
+    def delete(self, job_id: str) -> bool:
+        """Only a job that ended; its events stay in the event store."""
+        with self._database.write() as connection:
+            gone = connection.execute(delete(jobs).where(jobs.c.job_id == job_id, jobs.c.completed_at.is_not(None)))
+        return gone.rowcount > 0
+
+    def claimed(self, user_id: str, key: str) -> Claimed | None:
+        with self._database.read() as connection:
+            row = connection.execute(
+                select(idempotency).where(idempotency.c.user_id == user_id, idempotency.c.key == key)
+            ).one_or_none()
+        return Claimed(fingerprint=row.fingerprint, job_id=row.job_id, answer=row.answer) if row else None
+
+    def store_answer(self, user_id: str, key: str, answer: dict[str, Any]) -> None:
+        with self._database.write() as connection:
+            connection.execute(
+                update(idempotency)
+                .where(idempotency.c.user_id == user_id, idempotency.c.key == key)
+                .values(answer=answer)
+            )
+
+    def forget_claims(self, *, before: str) -> None:
+        with self._database.write() as connection:
+            connection.execute(delete(idempotency).where(idempotency.c.created_at < before))
+
+
+def _move(connection: Connection, move: Move) -> bool:
+    changed = connection.execute(
+        update(jobs)
+        .where(jobs.c.job_id == move.job_id, jobs.c.status == move.from_, jobs.c.attempt == move.attempt)
+        .values(_changes(move))
+    )
+    if changed.rowcount == 0:
+        return False
+    if move.to is JobStatus.STARTING and move.devices:
+        leases = [{"machine": LOCAL, "device": device, "job_id": move.job_id} for device in move.devices]
+        connection.execute(insert(device_leases), leases)
+    if move.to.is_terminal or move.to is JobStatus.QUEUED:
+        connection.execute(delete(device_leases).where(device_leases.c.job_id == move.job_id))
+    put_event(connection, _status_event(move))
+    return True
+
+
+def _changes(move: Move) -> dict[str, Any]:
+    now = utc_now()
+    changes: dict[str, Any] = {"status": move.to, "status_reason": move.reason}
+    given = {"mode": move.mode, "forced": move.forced, "attempt": move.next_attempt, "exit": move.exit}
+    changes |= {name: value for name, value in given.items() if value is not None}
+    if move.to is JobStatus.STARTING:
+        changes |= {"started_at": now, "devices": list(move.devices or ()), "wait": None}
+    if move.to is JobStatus.QUEUED:
+        changes |= {"queued_at": now, "devices": None, "mode": None}
+    if move.to.is_terminal:
+        changes |= {"completed_at": now, "wait": None}
+    return changes
+
+
+def _status_event(move: Move) -> Event:
+    attempt = move.next_attempt or move.attempt
+    data = JobStatusData.model_validate(
+        {"from": move.from_, "to": move.to, "reason": move.reason, "attempt": attempt, "exit": move.exit}
+    )
+    failed = move.to in {JobStatus.FAILED, JobStatus.LOST, JobStatus.REJECTED}
+    return Event(
+        type=EventType.JOB_STATUS,
+        severity=Severity.ERROR if failed else Severity.INFO,
+        job_id=move.job_id,
+        attempt=attempt,
+        message=move.reason or move.to.capitalize(),
+        data=data,
+    )
+
+
+def _filtered(statement: Select[Any], query: JobQuery) -> Select[Any]:
+    if query.statuses:
+        statement = statement.where(jobs.c.status.in_(query.statuses))
+    for column, value in (
+        (jobs.c.target, query.target),
+        (jobs.c.config_name, query.config_name),
+        (jobs.c.user_id, query.user_id),
+    ):
+        if value is not None:
+            statement = statement.where(column == value)
+    if query.since is not None:
+        statement = statement.where(jobs.c.created_at >= query.since)
+    return statement
+
+
+def _row(row: Row[Any]) -> JobRow:
+    values = dict(row._mapping)  # pyright: ignore[reportPrivateUsage] - SQLAlchemy's public name for it
+    values["status"] = JobStatus(values["status"])
+    values["preferred_devices"] = tuple(values["preferred_devices"])
+    values["devices"] = None if values["devices"] is None else tuple(values["devices"])
+    return JobRow(**values)

@@ -1,0 +1,97 @@
+"""The tables of both databases. Migrations build them; a test holds the two together."""
+
+from __future__ import annotations
+
+from sqlalchemy import JSON, Boolean, Column, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
+
+state_metadata = MetaData()
+events_metadata = MetaData()
+
+jobs = Table(
+    "jobs",
+    state_metadata,
+    Column("position", Integer, primary_key=True),  # creation order
+    Column("job_id", String(64), nullable=False, unique=True),
+    Column("status", String(16), nullable=False),
+    Column("status_reason", Text),
+    Column("mode", String(8)),  # stop, cancel or yield while stopping and after
+    Column("forced", Boolean, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("max_attempts", Integer, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("target", String(16), nullable=False),
+    Column("any_gpu", Boolean, nullable=False),
+    Column("num_devices", Integer, nullable=False),
+    Column("preferred_devices", JSON, nullable=False),
+    Column("devices", JSON),  # allocated now, or at the end
+    Column("config_name", String(128)),
+    Column("user_id", String(64)),
+    Column("output_dir", Text, nullable=False),
+    Column("retry_of", String(64)),
+    Column("created_at", String(32), nullable=False),
+    Column("queued_at", String(32)),
+    Column("started_at", String(32)),
+    Column("completed_at", String(32)),
+    Column("exit", JSON),
+    Column("wait", JSON),  # last announced {position, reason, reason_code}
+    Index("ix_jobs_status", "status"),
+    sqlite_autoincrement=True,
+)
+
+device_leases = Table(
+    "device_leases",
+    state_metadata,
+    Column("machine", String(64), nullable=False),
+    Column("device", Integer, nullable=False),
+    Column("job_id", String(64), nullable=False, index=True),
+    UniqueConstraint("machine", "device", name="uq_device_leases_device"),
+)
+
+settings = Table(
+    "settings",
+    state_metadata,
+    Column("name", String(64), primary_key=True),
+    Column("value", JSON),
+)
+
+idempotency = Table(
+    "idempotency",
+    state_metadata,
+    Column("user_id", String(64), nullable=False),
+    Column("key", String(128), nullable=False),
+    Column("fingerprint", String(64), nullable=False),
+    Column("job_id", String(64), nullable=False),
+    Column("answer", JSON),
+    Column("created_at", String(32), nullable=False),
+    UniqueConstraint("user_id", "key", name="uq_idempotency_key"),
+)
+
+outbox = Table(
+    "outbox",
+    state_metadata,
+    Column("number", Integer, primary_key=True),  # never used twice: it names the event
+    Column("job_id", String(64)),
+    Column("event", JSON, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+events = Table(
+    "events",
+    events_metadata,
+    Column("index", Integer, primary_key=True),
+    Column("id", String(96), nullable=False, unique=True),
+    Column("job_id", String(64)),
+    Column("type", String(48), nullable=False),
+    Column("body", Text, nullable=False),  # JSON as its author wrote it, without index and id
+    Index("ix_events_job", "job_id", "index"),
+    Index("ix_events_job_type", "job_id", "type", "index"),
+    sqlite_autoincrement=True,
+)
+
+journals = Table(
+    "journals",
+    events_metadata,
+    Column("job_id", String(64), primary_key=True),
+    Column("offset", Integer, nullable=False),  # bytes of the journal that are in `events`
+    Column("seq", Integer, nullable=False),  # events read so far
+)

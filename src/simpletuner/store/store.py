@@ -1,0 +1,38 @@
+"""Both databases of a state directory, opened and migrated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpletuner.store.database import Database
+from simpletuner.store.events import EventStore
+from simpletuner.store.jobs import JobStore
+from simpletuner.store.outbox import Outbox
+from simpletuner.store.settings import SettingStore
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    database: Database
+    jobs: JobStore
+    outbox: Outbox
+    settings: SettingStore
+    events: EventStore
+
+    @classmethod
+    def open(cls, state_dir: Path, *, database_url: str | None = None) -> Store:
+        """Events have their own file: a long write there must not hold up a job's status."""
+        database = Database.open(database_url or f"sqlite:///{state_dir / 'simpletuner.db'}", "state")
+        events = Database.open(f"sqlite:///{state_dir / 'events.db'}", "events")
+        return cls(
+            database=database,
+            jobs=JobStore(database),
+            outbox=Outbox(database),
+            settings=SettingStore(database),
+            events=EventStore(events),
+        )
+
+    def close(self) -> None:
+        self.events.close()
+        self.database.close()

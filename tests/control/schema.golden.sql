@@ -1,0 +1,17 @@
+-- simpletuner.db
+CREATE TABLE alembic_version ( version_num VARCHAR(32) NOT NULL, CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num) )
+CREATE TABLE device_leases ( machine VARCHAR(64) NOT NULL, device INTEGER NOT NULL, job_id VARCHAR(64) NOT NULL, CONSTRAINT uq_device_leases_device UNIQUE (machine, device) )
+CREATE TABLE idempotency ( user_id VARCHAR(64) NOT NULL, "key" VARCHAR(128) NOT NULL, fingerprint VARCHAR(64) NOT NULL, job_id VARCHAR(64) NOT NULL, answer JSON, created_at VARCHAR(32) NOT NULL, CONSTRAINT uq_idempotency_key UNIQUE (user_id, "key") )
+CREATE INDEX ix_device_leases_job_id ON device_leases (job_id)
+CREATE INDEX ix_jobs_status ON jobs (status)
+CREATE TABLE jobs ( position INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, job_id VARCHAR(64) NOT NULL, status VARCHAR(16) NOT NULL, status_reason TEXT, mode VARCHAR(8), forced BOOLEAN NOT NULL, attempt INTEGER NOT NULL, max_attempts INTEGER NOT NULL, priority INTEGER NOT NULL, target VARCHAR(16) NOT NULL, any_gpu BOOLEAN NOT NULL, num_devices INTEGER NOT NULL, preferred_devices JSON NOT NULL, devices JSON, config_name VARCHAR(128), user_id VARCHAR(64), output_dir TEXT NOT NULL, retry_of VARCHAR(64), created_at VARCHAR(32) NOT NULL, queued_at VARCHAR(32), started_at VARCHAR(32), completed_at VARCHAR(32), exit JSON, wait JSON, UNIQUE (job_id) )
+CREATE TABLE outbox ( number INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, job_id VARCHAR(64), event JSON NOT NULL )
+CREATE TABLE settings ( name VARCHAR(64) NOT NULL, value JSON, PRIMARY KEY (name) )
+CREATE TABLE sqlite_sequence(name,seq)
+-- events.db
+CREATE TABLE alembic_version ( version_num VARCHAR(32) NOT NULL, CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num) )
+CREATE TABLE events ( "index" INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, id VARCHAR(96) NOT NULL, job_id VARCHAR(64), type VARCHAR(48) NOT NULL, body TEXT NOT NULL, UNIQUE (id) )
+CREATE INDEX ix_events_job ON events (job_id, "index")
+CREATE INDEX ix_events_job_type ON events (job_id, type, "index")
+CREATE TABLE journals ( job_id VARCHAR(64) NOT NULL, "offset" INTEGER NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (job_id) )
+CREATE TABLE sqlite_sequence(name,seq)
