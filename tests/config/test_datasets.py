@@ -37,7 +37,7 @@ ENTRY_MISTAKES: list[tuple[dict[str, Any], str, str]] = [
 
 @pytest.mark.parametrize(("keys", "key", "code"), ENTRY_MISTAKES)
 def test_a_mistake_in_an_entry_has_a_place(place: Place, keys: dict[str, Any], key: str, code: str) -> None:
-    assert errors(place.with_datasets([place.entry(id="first", instance_data_dir="."), place.entry(**keys)])) == {
+    assert errors(place.with_datasets([place.entry(id="first", instance_data_dir="first"), place.entry(**keys)])) == {
         f"/datasets/1/{key}": code
     }
 

@@ -231,8 +231,9 @@ def test_a_warm_up_longer_than_the_run(place: Place) -> None:
 
 
 def test_families_and_flavours(place: Place) -> None:
-    near = only(place.resolve(model_family="pixart_sigm").errors)
-    assert (near.code, near.pointer) == ("unknown_family", "/--model_family") and "pixart_sigma" in near.hint
+    near = only(resolve([place.object(BASE | {"model_family": "pixart_sigm"})], place.directories).errors)
+    assert (near.code, near.pointer) == ("unknown_family", "/--model_family")
+    assert "pixart_sigma" in near.hint
     assert only(place.resolve(model_family="flux").errors).code == "option_not_supported_yet"
     assert "v0.7-stage1" in only(place.resolve(model_flavour="900M-1024-v0.7-stag1").errors).hint
     for name in load_spec("pixart_sigma").flavours:

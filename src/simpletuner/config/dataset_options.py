@@ -15,8 +15,8 @@ CropAspect = Literal["square", "preserve", "closest", "random"]
 class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    id: Annotated[str, Field(min_length=1, pattern=r"^[^/\x00]+$")]
-    """Name in caches, ledger and metrics; unique in the file."""
+    id: Annotated[str, Field(min_length=1, pattern=r"^[^/\x00.][^/\x00]*$")]
+    """Name in caches, ledger and metrics; unique in the file; without `/`, and not beginning with a dot."""
 
     type: Literal["local"] = "local"
     """Where the files are."""

@@ -68,6 +68,9 @@ RENAMED: dict[str, str] = {
     "save_total_limit": "checkpoints_total_limit",
 }
 
+OLD_VALUES: dict[str, dict[str, str]] = {"lr_scheduler": {"cosine_with_warmup": "cosine"}}
+"""Option → old name of a choice → its name now."""
+
 NEGATED: dict[str, str] = {"vae_cache_preprocess": "vae_cache_ondemand", "ignore_final_epochs": "strict_epoch_limit"}
 """Old name → the option of the opposite meaning."""
 

@@ -25,7 +25,7 @@ class RunOptions(OptionGroup):
     gradient_accumulation_steps: Annotated[PositiveInt, Ui(tab="training", order=4)] = 1
     """Micro-steps per optimizer step."""
 
-    seed: Annotated[int | None, Ui(tab="training", order=5)] = None
+    seed: Annotated[Annotated[int, Field(ge=-1, lt=2**63)] | None, Ui(tab="training", order=5)] = None
     """Seed of everything that is drawn. Empty, 0 or -1: drawn once when the job is frozen, then recorded."""
 
     num_processes: Annotated[PositiveInt, Ui(tab="hardware", order=30, later=True)] = 1

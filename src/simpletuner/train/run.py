@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.checkpoints import remove_temporary
+from simpletuner.config.prompt import plan_pictures, plan_prompts
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.loader import Loader
 from simpletuner.data.plan import EpochPlan, check_full_batch
@@ -38,7 +39,6 @@ from simpletuner.train.inspection import Inspection
 from simpletuner.train.loop import Outcome, Run, train
 from simpletuner.train.metrics import Metrics, peak_memory_bytes
 from simpletuner.train.optim import build_optimizers
-from simpletuner.train.prompts import plan_pictures, plan_prompts
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import RequestReader
 from simpletuner.train.state import TrainState

@@ -15,13 +15,13 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 
+from simpletuner.config.prompt import Picture
 from simpletuner.config.validation_options import ValidationOptions
 from simpletuner.errors import UserError
 from simpletuner.events import ValidationData, ValidationImageData
 from simpletuner.families.base import Draw, ImageRequest
 from simpletuner.train.buffer import FlatParameters
 from simpletuner.train.ema import Ema
-from simpletuner.train.prompts import Picture
 from simpletuner.train.report import Reporter, StageReport
 
 EmaMode = Literal["comparison", "ema_only", "none"]
