@@ -23,7 +23,7 @@ EDGES = {
     "train/__main__.py": "the trainer process: a bug becomes an event with its traceback",
     "jobs/runner.py": "the runner: whatever happens, exit.json is written",
     "jobs/supervisor.py": "the supervisor's tick: one broken job does not stop the others",
-    "server/app.py": "the HTTP boundary: a bug becomes a 500 in the one error shape",
+    "server/boundary.py": "the HTTP boundary: a bug becomes a 500 in the one error shape",
 }
 BANNED_NAMES = {
     "util", "utils", "helper", "helpers", "common", "misc", "manager", "service", "handler", "factory", "wrapper",
@@ -41,6 +41,10 @@ def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
         for node in ast.walk(tree):
             if isinstance(node, FUNCTIONS):
                 yield f"{name_of(path)}:{node.lineno} {node.name}", node
+
+
+def docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    return (node.body[0].end_lineno or 0) - node.body[0].lineno + 1 if ast.get_docstring(node) else 0
 
 
 def depth_of(node: ast.AST, depth: int = 0) -> int:
@@ -68,7 +72,8 @@ def test_a_module_has_at_most_400_lines() -> None:
 
 
 def test_a_function_has_at_most_60_lines() -> None:
-    lengths = {where: (node.end_lineno or 0) - node.lineno + 1 for where, node in functions()}
+    """Its docstring not counted: a command's is its help text."""
+    lengths = {where: (node.end_lineno or 0) - node.lineno + 1 - docstring_lines(node) for where, node in functions()}
     assert {where: n for where, n in lengths.items() if n > 60} == {}
 
 
@@ -144,7 +149,7 @@ def test_every_exception_is_caught_at_the_edges_only() -> None:
         name_of(path)
         for path, tree in TREES.items()
         for node in ast.walk(tree)
-        if isinstance(node, ast.ExceptHandler) and _catches_all(node.type)
+        if isinstance(node, ast.ExceptHandler) and _catches_all(node.type) and not _ends_by_raising(node)
     }
     assert found - EDGES.keys() == set()
 
@@ -154,6 +159,12 @@ def _catches_all(caught: ast.expr | None) -> bool:
     return any(
         name is None or (isinstance(name, ast.Name) and name.id in ("Exception", "BaseException")) for name in names
     )
+
+
+def _ends_by_raising(handler: ast.ExceptHandler) -> bool:
+    """It only cleans up: the same exception goes on."""
+    last = handler.body[-1]
+    return isinstance(last, ast.Raise) and last.exc is None
 
 
 def test_nothing_is_left_for_later() -> None:
@@ -171,13 +182,13 @@ def test_no_file_names_a_registry_or_a_place_on_one_machine() -> None:
 
 
 def tracked_lines() -> Iterator[tuple[str, int, str]]:
-    """Lines of every text file that git keeps. Licence texts are others' words."""
+    """Lines of every text file that git keeps. Licence texts and the packaged API viewers are others' words."""
     listed = subprocess.run(["git", "ls-files", "-z"], check=False, cwd=ROOT, capture_output=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
     for name in filter(None, listed.stdout.decode().split("\0")):
         path = ROOT / name
-        if path.name in ("LICENSE", "NOTICE") or not path.is_file():
+        if path.name in ("LICENSE", "NOTICE") or "server/static/" in name or not path.is_file():
             continue
         content = path.read_bytes()
         if b"\0" in content[:4096]:

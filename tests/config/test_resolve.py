@@ -1,4 +1,4 @@
-"""Layers, provenance, placeholders, rules between options, and that every problem is answered at once. training.md §1."""
+"""Layers, provenance, placeholders, rules between options, every problem at once. training.md §1."""
 
 from __future__ import annotations
 
@@ -124,8 +124,8 @@ def test_all_problems_are_answered_at_once(place: Place) -> None:
         ]
     )
     found = place.resolve(
-        learnig_rate=1, train_batch_size=0, num_train_epochs=3, base_model_precision="int8-quanto", optimizer="adamw_bf17",
-        validation_resolution="100x100", fsdp_enable=True, use_ema="perhaps",
+        learnig_rate=1, train_batch_size=0, num_train_epochs=3, base_model_precision="int8-quanto",
+        optimizer="adamw_bf17", validation_resolution="100x100", fsdp_enable=True, use_ema="perhaps",
     )  # fmt: skip
     assert errors(found) == {
         "/--learnig_rate": "unknown_field",
@@ -189,7 +189,8 @@ RULES: list[tuple[dict[str, Any], str, str]] = [
     ({"model_flavour": "900M-1024-v0.8"}, "/--model_flavour", "unknown_flavour"),
     ({"timestep_bias_strategy": "range", "timestep_bias_begin": 500, "timestep_bias_end": 500},
      "/--timestep_bias_begin", "incompatible_options"),
-    ({"refiner_training": True, "refiner_training_strength": 0}, "/--refiner_training_strength", "incompatible_options"),
+    ({"refiner_training": True, "refiner_training_strength": 0},
+     "/--refiner_training_strength", "incompatible_options"),
     ({"refiner_training": True, "refiner_training_strength": 1, "refiner_training_invert_schedule": True},
      "/--refiner_training_strength", "incompatible_options"),
 ]  # fmt: skip
