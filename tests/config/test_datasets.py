@@ -89,6 +89,7 @@ def test_disable_is_disabled(place: Place) -> None:
 
 def test_doubled_keys(place: Place) -> None:
     """Acceptance 2: equal `id`, doubled `crop`: warnings with their places; two ids in one entry are an error."""
+    (place.workspace / "x").mkdir()
     text = '[\n {"id": "pictures", "id": "pictures",\n  "crop": true,\n  "crop": false, "instance_data_dir": "x"}\n]'
     found = place.with_datasets(text)
     assert (errors(found), warnings(found)) == (
