@@ -69,8 +69,11 @@ class Validation:
     def is_off(self) -> bool:
         return self._options.validation_disable or not self._pictures
 
-    def run(self, draw: Draw, denoiser: nn.Module, drawing: Drawing, weights: list[Weights]) -> None:
-        """All pictures with each of `weights`. Training's randomness and the module's mode are as before."""
+    def run(self, draw: Draw, denoiser: nn.Module, drawing: Drawing, weights: list[Weights]) -> bool:
+        """All pictures with each of `weights`; whether all were drawn.
+
+        Training's randomness and the module's mode are as before.
+        """
         self._say(drawing, "started")
         started_at = time.monotonic()
         training, device = denoiser.training, next(denoiser.parameters()).device
@@ -88,10 +91,11 @@ class Validation:
         except (RuntimeError, ValueError, OSError, UserError) as error:
             self._reporter.fail_stages("validation")
             self._say(drawing, "failed", num_images=len(drawn), reason=f"Validation failed: {error}")
-            return
+            return False
         finally:
             denoiser.train(training)
         self._say(drawing, "completed", num_images=len(drawn), seconds=round(time.monotonic() - started_at, 3))
+        return True
 
     def _draw_pictures(
         self, draw: Draw, drawing: Drawing, suffix: str, drawn: list[Path], stage: StageReport, rounds: int
