@@ -13,14 +13,14 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from simpletuner.job import fsync_folder, write_atomic
 
 MANIFEST = "checkpoint_manifest.json"
 STATE = "training_state.json"
-_NAME = re.compile(r"^checkpoint-(\d+)$")
-_TEMPORARY = re.compile(r"^\.checkpoint-\d+-tmp$")
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+_TEMPORARY = re.compile(r"\.checkpoint-[0-9]+-tmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def list_checkpoints(output_dir: Path) -> list[CheckpointFolder]:
     """Newest step first. Folders of other names are nobody's business here."""
     if not output_dir.is_dir():
         return []
-    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.match(path.name))]
+    found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.fullmatch(path.name))]
     return [CheckpointFolder(path, step, _read_manifest(path)) for step, path in sorted(found, reverse=True)]
 
 
@@ -90,7 +90,7 @@ def complete_checkpoint(folder: Path, output_dir: Path, step: int) -> Checkpoint
     write_atomic(folder / MANIFEST, json.dumps({"step": step, "files": files}, indent=1).encode())
     place = output_dir / f"checkpoint-{step}"
     if place.exists():
-        shutil.rmtree(place)
+        _remove(place)
     folder.rename(place)
     fsync_folder(output_dir)
     return CheckpointFolder(place, step, _read_manifest(place))
@@ -103,15 +103,19 @@ def prune_checkpoints(output_dir: Path, limit: int, keep: frozenset[str] = froze
     complete = [folder for folder in list_checkpoints(output_dir) if folder.manifest is not None]
     old = [folder for folder in complete[limit:] if folder.name not in keep]
     for folder in old:
-        # The manifest goes first: a removal that is cut short leaves no checkpoint that looks whole.
-        (folder.path / MANIFEST).unlink()
-        shutil.rmtree(folder.path)
+        _remove(folder.path)
     return [folder.name for folder in old]
 
 
 def remove_temporary(output_dir: Path) -> None:
     for path in _temporary(output_dir):
         shutil.rmtree(path)
+
+
+def _remove(folder: Path) -> None:
+    """The manifest goes first: a removal that is cut short leaves no checkpoint that looks whole."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def hash_file(path: Path) -> str:
@@ -121,7 +125,7 @@ def hash_file(path: Path) -> str:
 
 def _temporary(output_dir: Path) -> Iterator[Path]:
     if output_dir.is_dir():
-        yield from (path for path in output_dir.iterdir() if _TEMPORARY.match(path.name))
+        yield from (path for path in output_dir.iterdir() if _TEMPORARY.fullmatch(path.name))
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -129,4 +133,10 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
         return None
-    return manifest if isinstance(manifest, dict) and "files" in manifest else None
+    return cast(dict[str, Any], manifest) if _is_manifest(manifest) else None
+
+
+def _is_manifest(value: Any) -> bool:
+    files = cast(dict[str, Any], value).get("files") if isinstance(value, dict) else None
+    rows = cast(dict[str, Any], files).values() if isinstance(files, dict) else (None,)
+    return all(isinstance(row, dict) and {"size", "sha256"} <= cast(dict[str, Any], row).keys() for row in rows)

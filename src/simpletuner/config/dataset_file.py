@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, cast
 
 from pydantic import ValidationError
@@ -27,14 +27,14 @@ _BOOLEANS = frozenset(
 )
 
 
-def read_dataset_file(path: Path, *, shown: str) -> tuple[list[Any], list[Problem]]:
+def read_dataset_file(shown: str, directories: Directories) -> tuple[list[Any], list[Problem]]:
     """The raw list and the warnings about its text. `shown` is the path as the person wrote it."""
-    pointer = "/--data_backend_config"
+    path, pointer = directories.locate(shown), "/--data_backend_config"
     if not path.is_file():
         raise UserError(
             "data_backend_config_missing",
             f"The dataset file {shown!r} does not exist.",
-            hint=f"It is looked for under the workspace and then under the configs directory ({path}).",
+            hint=f"It is looked for as {' and as '.join(map(str, directories.candidates(shown)))}.",
             pointer=pointer,
         )
     try:
@@ -49,23 +49,29 @@ def read_dataset_file(path: Path, *, shown: str) -> tuple[list[Any], list[Proble
     return cast(list[Any], value), duplicate_problems(duplicates, name=shown, prefix="/datasets")
 
 
+@dataclass(slots=True)
+class DatasetEntries:
+    """Entries as `Dataset` takes them, and the JSON pointer of each; those with an error are left out."""
+
+    entries: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    pointers: list[str] = field(default_factory=list[str])
+    problems: list[Problem] = field(default_factory=list[Problem])
+
+
 def resolve_datasets(
     entries: list[Any], options: Mapping[str, Any], directories: Directories, family: str
-) -> tuple[list[dict[str, Any]], list[Problem]]:
-    """Entries with every key filled from the options and every path absolute, as `Dataset` takes them.
-
-    `options` are resolved values by bare name. Entries with an error are left out of the result.
-    """
-    resolved: list[dict[str, Any]] = []
-    problems: list[Problem] = []
+) -> DatasetEntries:
+    """Every key filled from the options, every path absolute. `options` are resolved values by bare name."""
+    found = DatasetEntries()
     for index, entry in enumerate(entries):
         reader = _EntryReader(f"/datasets/{index}", options, directories, family)
         if filled := reader.read(entry):
-            resolved.append(filled)
-        problems += reader.problems
-    problems += _check_ids(entries)
-    _settle_text_embeds(resolved, problems, options, directories)
-    return resolved, problems
+            found.entries.append(filled)
+            found.pointers.append(f"/datasets/{index}")
+        found.problems += reader.problems
+    found.problems += _check_ids(entries)
+    _settle_text_embeds(found, options, directories)
+    return found
 
 
 class _EntryReader:
@@ -80,14 +86,13 @@ class _EntryReader:
         if not isinstance(entry, dict):
             self._fail("bad_dataset", "A dataset is an object.", "")
             return None
-        written, missing = expand_placeholders(cast(dict[str, Any], entry))
-        for name in missing:
-            self._fail("env_not_set", f"The variable {name} is not set.", "Set it before the job is started.")
+        written = self._expand(cast(dict[str, Any], entry))
         kind = str(written.get("dataset_type", "image"))
         if not self._check_kinds(kind, str(written.get("type", "local"))):
             return None
         model = MODELS[kind]
-        values = {key: value for key, value in written.items() if self._take_key(key, set(model.model_fields))}
+        taken = {key: value for key, value in written.items() if self._take_key(key, set(model.model_fields))}
+        values = {key: value for key, value in taken.items() if value is not None and value != ""}
         if "disable" in values:
             values["disabled"] = values.pop("disable")
         self._parse_booleans(values)
@@ -103,6 +108,15 @@ class _EntryReader:
                 )
                 self._fail("missing_dataset_key" if missing_key else "bad_value", message, "", key)
             return None
+
+    def _expand(self, entry: dict[str, Any]) -> dict[str, Any]:
+        written: dict[str, Any] = {}
+        for key, value in entry.items():
+            written[key], missing = expand_placeholders(value)
+            for name in missing:
+                hint = "Set it before the job is started."
+                self._fail("env_not_set", f"The variable {name} is not set.", hint, key)
+        return written
 
     def _check_kinds(self, kind: str, backend: str) -> bool:
         if kind not in MODELS:
@@ -123,7 +137,7 @@ class _EntryReader:
         if key in fields or key == "disable":
             return True
         if key in NO_EFFECT_KEYS:
-            message = f"{key!r} has no effect: caches are keyed by content."
+            message = f"{key!r} has no effect: {NO_EFFECT_KEYS[key]}."
             self._note("option_no_effect", message, "", key, Level.WARNING)
         elif key in LATER_KEYS:
             self._fail("option_not_supported_yet", f"The dataset key {key!r} is not supported yet.", "", key)
@@ -198,11 +212,9 @@ def _check_ids(entries: list[Any]) -> list[Problem]:
     return problems
 
 
-def _settle_text_embeds(
-    resolved: list[dict[str, Any]], problems: list[Problem], options: Mapping[str, Any], directories: Directories
-) -> None:
+def _settle_text_embeds(found: DatasetEntries, options: Mapping[str, Any], directories: Directories) -> None:
     """See to exactly one default text cache: a lone one is it, none at all makes one."""
-    caches = [entry for entry in resolved if entry["dataset_type"] == "text_embeds" and not entry["disabled"]]
+    caches = [entry for entry in found.entries if entry["dataset_type"] == "text_embeds" and not entry["disabled"]]
     if not caches:
         made = {
             "id": "text-embeds",
@@ -212,12 +224,12 @@ def _settle_text_embeds(
             "write_batch_size": options.get("write_batch_size", 128),
             "text_encoder_batch_size": options.get("text_encoder_batch_size", 16),
         }
-        resolved.append(MODELS["text_embeds"].model_validate(made).model_dump(mode="json"))
+        found.entries.append(MODELS["text_embeds"].model_validate(made).model_dump(mode="json"))
+        found.pointers.append("/--cache_dir_text")
     elif len(caches) == 1:
         caches[0]["default"] = True
     elif (defaults := sum(entry["default"] for entry in caches)) != 1:
-        found = "none" if defaults == 0 else f"{defaults}"
-        message = f"Of {len(caches)} text_embeds datasets exactly one is the default; here {found} are."
-        problems.append(
+        message = f"Of {len(caches)} text_embeds datasets exactly one is the default; here {defaults or 'none'} are."
+        found.problems.append(
             Problem(code="text_default", message=message, hint='Set "default": true on one.', pointer="/datasets")
         )

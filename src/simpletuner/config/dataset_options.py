@@ -15,8 +15,8 @@ CropAspect = Literal["square", "preserve", "closest", "random"]
 class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    id: Annotated[str, Field(min_length=1, pattern=r"^[^/\x00]+$")]
-    """Name in caches, ledger and metrics; unique in the file."""
+    id: Annotated[str, Field(min_length=1, pattern=r"^[^/\x00.][^/\x00]*$")]
+    """Name in caches, ledger and metrics; unique in the file; without `/`, and not beginning with a dot."""
 
     type: Literal["local"] = "local"
     """Where the files are."""
@@ -202,10 +202,15 @@ KNOWN_DATASET_TYPES = (
     "video", "audio", "conditioning_image_embeds",
 )  # fmt: skip
 
-NO_EFFECT_KEYS = frozenset(
-    {"hash_filenames", "compress_cache", "preserve_data_backend_cache", "metadata_update_interval"}
-)
-"""Written by people of other trainers; they cannot change anything here."""
+NO_EFFECT_KEYS: dict[str, str] = {
+    "hash_filenames": "caches are keyed by content",
+    "compress_cache": "caches are keyed by content",
+    "preserve_data_backend_cache": "caches are keyed by content",
+    "metadata_update_interval": "caches are keyed by content",
+    "read_batch_size": "files are read ahead as far as the CPUs allow",
+    "image_processing_batch_size": "pictures are decoded ahead as far as the CPUs allow",
+}
+"""Written by people of other trainers → why it cannot change anything here."""
 
 LATER_KEYS = frozenset(
     {
@@ -218,7 +223,7 @@ LATER_KEYS = frozenset(
         "conditioning_image_embeds", "s2v_datasets", "dataset_name", "split", "revision", "image_column",
         "caption_column", "huggingface", "aws_bucket_name", "aws_data_prefix", "aws_endpoint_url", "aws_region_name",
         "aws_access_key_id", "aws_secret_access_key", "csv_file", "csv_cache_dir", "csv_url_column",
-        "csv_caption_column", "maximum_caption_length", "read_batch_size", "image_processing_batch_size",
+        "csv_caption_column", "maximum_caption_length",
     }
 )  # fmt: skip
 """Keys of the contract that are not built yet: `option_not_supported_yet`."""

@@ -18,10 +18,13 @@ class Directories:
 
     def locate(self, path: str) -> Path:
         """A file named by an option: under the workspace if it is there, else under the configs directory."""
-        in_workspace = self.workspace / Path(path).expanduser()
-        if in_workspace.exists() or Path(path).is_absolute():
-            return in_workspace
-        return self.config / path
+        places = self.candidates(path)
+        return places[0] if places[0].exists() else places[-1]
+
+    def candidates(self, path: str) -> list[Path]:
+        """Where `locate` looks, in order."""
+        written = Path(path).expanduser()
+        return [written] if written.is_absolute() else [self.workspace / written, self.config / written]
 
     def absolute(self, path: str) -> str:
         """A folder named by an option, under the workspace."""

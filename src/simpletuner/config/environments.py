@@ -17,11 +17,11 @@ from typing import Any, cast
 from simpletuner.config.json_text import duplicate_problems, read_json
 from simpletuner.config.option import OptionField
 from simpletuner.config.sources import Layer, layer_from_mapping
-from simpletuner.errors import Problem, UserError
+from simpletuner.errors import Level, Problem, UserError
 from simpletuner.events import utc_now
 from simpletuner.job import fsync_folder, write_atomic
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESERVED = frozenset(
     {"examples", "active", "schema", "environments", "import", "export", "webhooks", "data_backends", "templates"}
 )
@@ -51,7 +51,9 @@ class Environments:
         return sorted(
             folder.name
             for folder in self.root.iterdir()
-            if folder.is_dir() and _NAME.match(folder.name) and any((folder / name).exists() for name in CONFIG_FILES)
+            if folder.is_dir()
+            and _NAME.fullmatch(folder.name)
+            and any((folder / name).exists() for name in CONFIG_FILES)
         )
 
     def folder(self, name: str) -> Path:
@@ -69,7 +71,7 @@ class Environments:
     def check_new_name(self, name: str, *, adhoc: bool = False) -> str:
         """The name without `.json`. Raises UserError `reserved_name`, `invalid_field` or `already_exists`."""
         name = name.removesuffix(".json")
-        if not _NAME.match(name):
+        if not _NAME.fullmatch(name):
             raise UserError(
                 "invalid_field",
                 f"{name!r} is not a name for an environment.",
@@ -104,6 +106,7 @@ class Environments:
         content = path.read_bytes()
         shown = f"{name}/{path.name}"
         values, problems = _parse(content, path, shown)
+        problems += [_twice(key) for key in values if f"--{key}" in values]
         dashed = {key if key.startswith(("--", "__")) else f"--{key}": value for key, value in values.items()}
         dashed |= {key: value for key, value in values.items() if key.startswith("--")}
         return StoredConfig(dashed, tuple(problems), etag_of(content), path)
@@ -147,8 +150,11 @@ class Environments:
         path = self.dataloader_path(name)
         if not path.exists():
             raise UserError("not_found", f"The environment {name!r} has no dataset file.")
-        content = path.read_bytes()
-        value, duplicates = read_json(content.decode(), name=f"{name}/multidatabackend.json")
+        content, shown = path.read_bytes(), f"{name}/{path.name}"
+        try:
+            value, duplicates = read_json(content.decode(), name=shown)
+        except UnicodeDecodeError as error:
+            raise UserError("bad_json", f"{shown} is not UTF-8 text.") from error
         return value, duplicate_problems(duplicates, name=path.name), etag_of(content)
 
     def write_dataloader(
@@ -168,13 +174,13 @@ class Environments:
         folder = self.folder(name)
         trash = self.root / ".trash"
         trash.mkdir(exist_ok=True)
-        folder.rename(trash / f"{name}.{time.time_ns()}")
+        folder.rename(trash / f"{folder.name}.{time.time_ns()}")
 
     def rename(self, name: str, new_name: str) -> Path:
         """Paths inside that begin with the old name follow."""
         folder, new_name = self.folder(name), self.check_new_name(new_name)
         folder.rename(self.root / new_name)
-        self._follow(name, new_name)
+        self._follow(folder.name, new_name)
         return self.root / new_name
 
     def copy(self, name: str, target: str) -> Path:
@@ -183,7 +189,7 @@ class Environments:
         shutil.copytree(folder, beside, ignore=shutil.ignore_patterns(".backups"))
         beside.rename(self.root / target)
         self.write_metadata(target, {"created_at": utc_now(), "modified_at": utc_now()})
-        self._follow(name, target)
+        self._follow(folder.name, target)
         return self.root / target
 
     def _follow(self, old: str, new: str) -> None:
@@ -232,19 +238,43 @@ def _parse(content: bytes, path: Path, shown: str) -> tuple[dict[str, Any], list
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError("bad_config_file", f"{shown} cannot be read: {error}.") from error
     if path.suffix == ".env":
-        return _parse_env(text), []
+        return _parse_env(text, shown)
     value, duplicates = read_json(text, name=shown)
     if not isinstance(value, dict):
         raise UserError("bad_config_file", f"{shown} holds no object.", hint='Write { "--option": value, … }.')
     return cast(dict[str, Any], value), duplicate_problems(duplicates, name=shown)
 
 
-def _parse_env(text: str) -> dict[str, str]:
-    """`NAME=value` lines; names in upper case are options too."""
-    pairs: dict[str, str] = {}
-    for line in text.splitlines():
+def _parse_env(text: str, shown: str) -> tuple[dict[str, Any], list[Problem]]:
+    """`NAME=value` lines; names in upper case are options too. The last of a repeated name wins, with a warning."""
+    pairs: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for number, line in enumerate(text.splitlines(), 1):
         line = line.strip().removeprefix("export ")
-        if line and not line.startswith("#"):
-            key, _, value = line.partition("=")
-            pairs[key.strip().lower()] = value.strip().strip("'\"")
-    return pairs
+        if not line or line.startswith("#"):
+            continue
+        key, _, value = line.partition("=")
+        key = key.strip().lower()
+        if key in pairs:
+            message = f"{shown}, line {number}: {key!r} is given before; this line wins."
+            problems.append(
+                Problem(
+                    code="duplicate_key",
+                    message=message,
+                    hint="Remove the earlier one.",
+                    pointer=f"/{key}",
+                    level=Level.WARNING,
+                )
+            )
+        pairs[key] = value.strip().strip("'\"")
+    return pairs, problems
+
+
+def _twice(key: str) -> Problem:
+    return Problem(
+        code="duplicate_option",
+        option=key,
+        message=f"--{key} and {key} are both given; --{key} is used.",
+        pointer=f"/--{key}",
+        level=Level.WARNING,
+    )

@@ -102,7 +102,7 @@ class OptionField:
         return "choice" if self.choices else "string"
 
     def adapter(self) -> TypeAdapter[Any]:
-        return TypeAdapter(self.annotation, config=None)
+        return TypeAdapter(self.annotation, config=ConfigDict(allow_inf_nan=False))
 
 
 def fields_of(group: type[BaseModel], group_name: str) -> list[OptionField]:

@@ -55,6 +55,8 @@ NO_EFFECT: dict[str, str] = {
     "preserve_data_backend_cache": "caches are keyed by content",
     "vae_cache_scan_behaviour": "caches are keyed by content",
     "metadata_update_interval": "caches are keyed by content",
+    "read_batch_size": "files are read ahead as far as the CPUs allow",
+    "image_processing_batch_size": "pictures are decoded ahead as far as the CPUs allow",
     "disable_bucket_pruning": "buckets are never pruned",
     "allow_dataset_oversubscription": "buckets smaller than a batch are served over several passes",
 }
@@ -65,6 +67,9 @@ RENAMED: dict[str, str] = {
     "checkpointing_steps": "checkpoint_step_interval",
     "save_total_limit": "checkpoints_total_limit",
 }
+
+OLD_VALUES: dict[str, dict[str, str]] = {"lr_scheduler": {"cosine_with_warmup": "cosine"}}
+"""Option → old name of a choice → its name now."""
 
 NEGATED: dict[str, str] = {"vae_cache_preprocess": "vae_cache_ondemand", "ignore_final_epochs": "strict_epoch_limit"}
 """Old name → the option of the opposite meaning."""

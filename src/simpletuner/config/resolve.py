@@ -7,18 +7,22 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
-from simpletuner.config.dataset_file import read_dataset_file, resolve_datasets
+from simpletuner.config.dataset_file import DatasetEntries, read_dataset_file, resolve_datasets
 from simpletuner.config.directories import Directories, expand_placeholders
 from simpletuner.config.option import OptionField
+from simpletuner.config.prompt import plan_prompts
 from simpletuner.config.rules import Situation, check
 from simpletuner.config.sources import NOT_GIVEN, Layer, parse_value
 from simpletuner.config.train_config import TrainConfig, option_fields
-from simpletuner.errors import Problem, UserError, errors_of, warnings_of
+from simpletuner.errors import Level, Problem, UserError, errors_of, warnings_of
 from simpletuner.families.registry import family_names, load_spec
 from simpletuner.families.spec import FamilySpec
 
+_OF_ONE_VALUE = ("bad_value", "bad_choice", "bad_boolean", "bad_json", "required", "env_not_set", "unknown_flavour")
+_FROM_FAMILY = ("model_family", "model_flavour", "pretrained_model_name_or_path")
+"""Without a family there is one complaint, of the family."""
 _PATH_OPTIONS = ("output_dir", "cache_dir", "cache_dir_text", "cache_dir_vae")
 
 
@@ -90,14 +94,29 @@ def resolve(
         return found
     flavour = _find_flavour(layers, found.spec, found)
     _parse_all(found, layers, found.spec.layer_values(flavour))
+    values = _expand(found)
+    broken = {problem.option for problem in found.errors if problem.code in _OF_ONE_VALUE and problem.option}
+    entries = DatasetEntries()
     if read_datasets:
-        _read_datasets(found, directories, found.spec)
-    if any(problem.code in ("bad_value", "bad_choice", "bad_boolean", "required") for problem in found.errors):
-        return found
+        entries = _read_datasets(found, values, directories, found.spec)
+    found.datasets = entries.entries
+    if not read_datasets or errors_of(entries.problems):
+        broken.add("datasets")
     layer_names = {name: origin.layer for name, origin in found.origins.items()}
-    found.problems += check(Situation(found.values, layer_names, found.datasets, found.spec, directories, for_start))
+    found.problems += check(
+        Situation(
+            values,
+            layer_names,
+            entries.entries,
+            entries.pointers,
+            frozenset(broken),
+            found.spec,
+            directories,
+            for_start,
+        )
+    )
     if not found.errors:
-        _build(found, found.spec, directories)
+        _build(found, values, found.spec, directories)
     return found
 
 
@@ -160,7 +179,7 @@ def _parse_all(found: Resolution, layers: Sequence[Layer], flavour_values: Mappi
     for option in options.values():
         candidates = _candidates(option, layers, flavour_values, found)
         if not candidates:
-            if option.name != "model_family":
+            if option.name not in _FROM_FAMILY:
                 message = f"--{option.name} is required."
                 found.problems.append(
                     Problem(
@@ -182,6 +201,7 @@ def _parse_all(found: Resolution, layers: Sequence[Layer], flavour_values: Mappi
                 )
             )
     _default_epochs(found)
+    _name_warmup(found)
 
 
 def _candidates(
@@ -211,32 +231,62 @@ def _default_epochs(found: Resolution) -> None:
         found.values["num_train_epochs"] = 0
 
 
-def _read_datasets(found: Resolution, directories: Directories, spec: FamilySpec) -> None:
-    name = found.values.get("data_backend_config")
-    if name is None:
+def _name_warmup(found: Resolution) -> None:
+    """`constant` with a warm-up has a name of its own."""
+    if found.values.get("lr_scheduler") != "constant" or not found.values.get("lr_warmup_steps"):
         return
-    try:
-        entries, problems = read_dataset_file(directories.locate(name), shown=name)
-    except UserError as error:
-        found.problems.append(
-            Problem(
-                code=error.code,
-                message=error.message,
-                hint=error.hint,
-                pointer=error.pointer or "/--data_backend_config",
-            )
+    found.values["lr_scheduler"] = "constant_with_warmup"
+    found.problems.append(
+        Problem(
+            code="legacy_option",
+            option="lr_scheduler",
+            message="--lr_scheduler constant with a warm-up is constant_with_warmup.",
+            hint="Write constant_with_warmup, or set --lr_warmup_steps to 0.",
+            pointer="/--lr_scheduler",
+            level=Level.WARNING,
         )
-        return
-    found.problems += problems
-    found.datasets, problems = resolve_datasets(entries, found.values, directories, spec.name)
-    found.problems += problems
+    )
 
 
-def _build(found: Resolution, spec: FamilySpec, directories: Directories) -> None:
-    frozen, missing = expand_placeholders(found.values)
-    for name in missing:
-        message = f"The variable {name} is not set."
-        found.problems.append(Problem(code="env_not_set", message=message, hint="Set it before the job is started."))
+def _expand(found: Resolution) -> dict[str, Any]:
+    """The values with `{env:NAME}` replaced: what the run itself sees."""
+    expanded: dict[str, Any] = {}
+    for option, value in found.values.items():
+        expanded[option], missing = expand_placeholders(value)
+        found.problems += [
+            Problem(
+                code="env_not_set",
+                option=option,
+                message=f"The variable {name} is not set.",
+                hint="Set it before the job is started.",
+                pointer=f"/--{option}",
+            )
+            for name in missing
+        ]
+    return expanded
+
+
+def _read_datasets(
+    found: Resolution, values: Mapping[str, Any], directories: Directories, spec: FamilySpec
+) -> DatasetEntries:
+    name = values.get("data_backend_config")
+    entries = DatasetEntries()
+    if name is None:
+        return entries
+    try:
+        raw, about_text = read_dataset_file(name, directories)
+    except UserError as error:
+        pointer = error.pointer or "/--data_backend_config"
+        entries.problems.append(Problem(code=error.code, message=error.message, hint=error.hint, pointer=pointer))
+    else:
+        entries = resolve_datasets(raw, values, directories, spec.name)
+        entries.problems = about_text + entries.problems
+    found.problems += entries.problems
+    return entries
+
+
+def _build(found: Resolution, values: Mapping[str, Any], spec: FamilySpec, directories: Directories) -> None:
+    frozen = dict(values)
     for option in _PATH_OPTIONS:
         if frozen[option] is not None:
             frozen[option] = directories.absolute(frozen[option])
@@ -246,8 +296,18 @@ def _build(found: Resolution, spec: FamilySpec, directories: Directories) -> Non
     local = directories.workspace / frozen["pretrained_model_name_or_path"]
     if local.is_dir():
         frozen["pretrained_model_name_or_path"] = str(local)
-    if not found.errors:
-        found.config = TrainConfig.from_flat(frozen, found.datasets, spec)
+    resume = frozen["resume_from_checkpoint"]
+    if resume is not None and "/" in resume:
+        frozen["resume_from_checkpoint"] = directories.absolute(resume)
+    if found.errors:
+        return
+    config = TrainConfig.from_flat(frozen, found.datasets, spec)
+    try:
+        plan_prompts(config.validation)
+    except UserError as error:
+        found.problems.append(_about_library(error.code, error.message, error.hint))
+    else:
+        found.config = config
 
 
 def _read_library(path: str, directories: Directories, found: Resolution) -> dict[str, Any] | None:
@@ -257,16 +317,18 @@ def _read_library(path: str, directories: Directories, found: Resolution) -> dic
         library = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         message = f"The prompt library {path!r} cannot be read: {error}."
-        found.problems.append(
-            Problem(
-                code="bad_prompt_library",
-                option="user_prompt_library",
-                message=message,
-                pointer="/--user_prompt_library",
-            )
-        )
+        found.problems.append(_about_library("bad_prompt_library", message))
         return None
-    return library
+    if not isinstance(library, dict):
+        message = f"The prompt library {path!r} holds no object."
+        found.problems.append(_about_library("bad_prompt_library", message, 'Write {"name": "prompt"}.'))
+        return None
+    return cast(dict[str, Any], library)
+
+
+def _about_library(code: str, message: str, hint: str = "") -> Problem:
+    option = "user_prompt_library"
+    return Problem(code=code, option=option, message=message, hint=hint, pointer=f"/--{option}")
 
 
 def freeze(found: Resolution) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:

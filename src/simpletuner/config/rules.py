@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from simpletuner.config.directories import Directories
-from simpletuner.errors import Level, Problem
+from simpletuner.config.prompt import parse_resolutions
+from simpletuner.errors import Level, Problem, UserError
 from simpletuner.families.spec import Capability, FamilySpec
 
 OPTIMIZERS = ("adamw_bf16", "torch-adamw", "optimi-lion")
@@ -38,6 +39,10 @@ class Situation:
     values: Mapping[str, Any]
     layers: Mapping[str, str]
     datasets: list[dict[str, Any]]
+    pointers: list[str]
+    """The JSON pointer of each dataset."""
+    broken: frozenset[str]
+    """Options whose own value is wrong, and `datasets` when an entry is: what rests on them is not judged."""
     spec: FamilySpec
     directories: Directories
     for_start: bool
@@ -49,7 +54,7 @@ class Situation:
 
 def check(situation: Situation) -> list[Problem]:
     """Every problem of the combination, errors and warnings."""
-    return [problem for rule in _RULES for problem in rule(situation)]
+    return [problem for rule, reads in _RULES if not situation.broken & set(reads) for problem in rule(situation)]
 
 
 def _error(code: str, option: str, message: str, hint: str = "") -> Problem:
@@ -135,21 +140,38 @@ def _wrong_family(at: Situation) -> Iterator[Problem]:
             yield _warning("option_no_effect", name, f"--{name} has no effect: there is no tracker (--report_to none).")
 
 
+_ACTS_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "ema_decay": ("use_ema", (True,)),
+    "ema_validation": ("use_ema", (True,)),
+    "huber_c": ("loss_type", ("huber", "smooth_l1")),
+    "huber_schedule": ("loss_type", ("huber", "smooth_l1")),
+    "noise_offset": ("offset_noise", (True,)),
+    "noise_offset_probability": ("offset_noise", (True,)),
+    "timestep_bias_multiplier": ("timestep_bias_strategy", ("earlier", "later", "range")),
+    "timestep_bias_portion": ("timestep_bias_strategy", ("earlier", "later")),
+    "timestep_bias_begin": ("timestep_bias_strategy", ("range",)),
+    "timestep_bias_end": ("timestep_bias_strategy", ("range",)),
+    "refiner_training_strength": ("refiner_training", (True,)),
+    "refiner_training_invert_schedule": ("refiner_training", (True,)),
+    "dataloader_prefetch_qlen": ("dataloader_prefetch", (True,)),
+    "lr_end": ("lr_scheduler", ("linear", "cosine", "sine", "cosine_with_restarts", "polynomial")),
+    "lr_num_cycles": ("lr_scheduler", ("sine", "cosine_with_restarts")),
+    "lr_power": ("lr_scheduler", ("polynomial",)),
+    "validation_image_quality": ("validation_image_format", ("webp", "jpeg")),
+}
+"""Option → another option and the values of it with which the first one acts."""
+
+
 def _dependent(at: Situation) -> Iterator[Problem]:
     """Options that act only beside another one."""
-    pairs = {
-        "ema_decay": ("use_ema", False),
-        "ema_validation": ("use_ema", False),
-        "huber_c": ("loss_type", "l2"),
-        "huber_schedule": ("loss_type", "l2"),
-        "noise_offset": ("offset_noise", False),
-        "noise_offset_probability": ("offset_noise", False),
-        "timestep_bias_multiplier": ("timestep_bias_strategy", "none"),
-        "dataloader_prefetch_qlen": ("dataloader_prefetch", False),
-    }
-    for name, (switch, off) in pairs.items():
-        if at.given(name) and at.values[switch] == off:
-            yield _warning("option_no_effect", name, f"--{name} has no effect: --{switch} is {str(off).lower()}.")
+    for name, (switch, active) in _ACTS_WITH.items():
+        value = at.values[switch]
+        if at.given(name) and value not in active:
+            shown = str(value).lower() if isinstance(value, bool) else value
+            yield _warning("option_no_effect", name, f"--{name} has no effect: --{switch} is {shown}.")
+
+
+def _alignment(at: Situation) -> Iterator[Problem]:
     if at.given("aspect_bucket_alignment"):
         fixed = at.spec.layer_values(at.values["model_flavour"])["aspect_bucket_alignment"]
         if at.values["aspect_bucket_alignment"] != fixed:
@@ -161,27 +183,23 @@ def _dependent(at: Situation) -> Iterator[Problem]:
 
 
 def _sizes(at: Situation) -> Iterator[Problem]:
-    rows: list[tuple[str, Mapping[str, Any]]] = [("", at.values)]
-    rows += [(f"/datasets/{i}", entry) for i, entry in enumerate(at.datasets) if "resolution" in entry]
+    rows: list[tuple[str, Mapping[str, Any]]] = [("/--", at.values)]
+    pairs = zip(at.pointers, at.datasets, strict=True)
+    rows += [(f"{pointer}/", entry) for pointer, entry in pairs if "resolution" in entry]
     for prefix, row in rows:
-        pointer = prefix or "/--"
-
-        def at_pointer(name: str, pointer: str = pointer) -> str:
-            return f"{pointer}{name}" if pointer.endswith("--") else f"{pointer}/{name}"
-
         if row["maximum_image_size"] and not row["target_downsample_size"]:
             yield Problem(
                 code="downsample_pair",
                 message="maximum_image_size needs target_downsample_size.",
                 hint="Say to which size too large pictures are brought.",
-                pointer=at_pointer("maximum_image_size"),
+                pointer=f"{prefix}maximum_image_size",
             )
         unit = row["resolution_type"]
         for name in ("resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size"):
             value = row[name]
             if value is not None and (reason := _size_problem(unit, value, nano=at.values["model_flavour"] == "nano")):
                 yield Problem(
-                    code="size_unit", message=f"{name} {value:g}: {reason}", hint=_UNITS, pointer=at_pointer(name)
+                    code="size_unit", message=f"{name} {value:g}: {reason}", hint=_UNITS, pointer=f"{prefix}{name}"
                 )
 
 
@@ -198,6 +216,25 @@ def _size_problem(unit: str, value: float, *, nano: bool) -> str:
     return ""
 
 
+def _timesteps(at: Situation) -> Iterator[Problem]:
+    """Settings that leave nothing to draw from."""
+    begin, end = at.values["timestep_bias_begin"], at.values["timestep_bias_end"]
+    if at.values["timestep_bias_strategy"] == "range" and begin >= end:
+        message = f"timestep_bias_begin ({begin}) is not below timestep_bias_end ({end})."
+        yield _error("incompatible_options", "timestep_bias_begin", message, "The end itself is not in the range.")
+    strength, inverted = at.values["refiner_training_strength"], at.values["refiner_training_invert_schedule"]
+    if at.values["refiner_training"] and strength == (1 if inverted else 0):
+        message = f"With a strength of {strength:g} no timestep is left to train on."
+        yield _error("incompatible_options", "refiner_training_strength", message, "Choose a share between 0 and 1.")
+
+
+def _validation_sizes(at: Situation) -> Iterator[Problem]:
+    try:
+        parse_resolutions(at.values["validation_resolution"])
+    except UserError as error:
+        yield _error(error.code, "validation_resolution", error.message, error.hint)
+
+
 def _warmup(at: Situation) -> Iterator[Problem]:
     steps, warmup = at.values["max_train_steps"], at.values["lr_warmup_steps"]
     if steps and warmup >= steps:
@@ -209,16 +246,18 @@ def _warmup(at: Situation) -> Iterator[Problem]:
 
 
 def _datasets(at: Situation) -> Iterator[Problem]:
-    if not any(entry["dataset_type"] == "image" and not entry["disabled"] for entry in at.datasets):
+    if "datasets" not in at.broken and not any(
+        entry["dataset_type"] == "image" and not entry["disabled"] for entry in at.datasets
+    ):
         yield Problem(code="nothing_to_train_on", message="No dataset of pictures to train on.", pointer="/datasets")
     level = Level.ERROR if at.for_start else Level.WARNING
     roots: dict[str, str] = {}
     text = {entry["cache_dir"]: entry["id"] for entry in at.datasets if entry["dataset_type"] == "text_embeds"}
-    for index, entry in enumerate(at.datasets):
+    for place, entry in zip(at.pointers, at.datasets, strict=True):
         root = entry.get("instance_data_dir")
         if root is None or entry["disabled"]:
             continue
-        pointer = f"/datasets/{index}/instance_data_dir"
+        pointer = f"{place}/instance_data_dir"
         if root in roots:
             message = f"{entry['id']!r} and {roots[root]!r} use the same folder."
             yield Problem(code="duplicate_dataset_path", message=message, hint=root, pointer=pointer)
@@ -238,11 +277,10 @@ def _datasets(at: Situation) -> Iterator[Problem]:
                 pointer=pointer,
                 level=level,
             )
-        yield from _entry(index, entry)
+        yield from _entry(place, entry)
 
 
-def _entry(index: int, entry: dict[str, Any]) -> Iterator[Problem]:
-    pointer = f"/datasets/{index}"
+def _entry(pointer: str, entry: dict[str, Any]) -> Iterator[Problem]:
     strategy = entry["caption_strategy"]
     needs_prompt = (
         strategy in ("instanceprompt", "instance_prompt")
@@ -280,4 +318,19 @@ def _places(at: Situation) -> Iterator[Problem]:
         )
 
 
-_RULES = (_run_length, _model_type, _optimizer, _wrong_family, _dependent, _sizes, _warmup, _datasets, _places)
+_RULES: tuple[tuple[Callable[[Situation], Iterator[Problem]], tuple[str, ...]], ...] = (
+    (_run_length, ("max_train_steps", "num_train_epochs")),
+    (_model_type, ("base_model_precision", "mixed_precision", "model_type")),
+    (_optimizer, ("optimizer",)),
+    (_wrong_family, ("clip_skip", "prediction_type", "report_to")),
+    (_dependent, tuple({switch for switch, _ in _ACTS_WITH.values()})),
+    (_alignment, ("aspect_bucket_alignment", "model_flavour")),
+    (_sizes, ("resolution", "resolution_type", "maximum_image_size", "target_downsample_size", "minimum_image_size")),
+    (_timesteps, ("timestep_bias_strategy", "timestep_bias_begin", "timestep_bias_end", "refiner_training",
+                  "refiner_training_strength", "refiner_training_invert_schedule")),
+    (_validation_sizes, ("validation_resolution",)),
+    (_warmup, ("max_train_steps", "lr_warmup_steps")),
+    (_datasets, ()),
+    (_places, ("output_dir",)),
+)  # fmt: skip
+"""Each rule and the options it rests on."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from simpletuner.config.json_text import read_json
 from simpletuner.config.option import OptionField
-from simpletuner.config.reserved import LATER, NEGATED, NO_EFFECT, RENAMED, is_later
-from simpletuner.errors import Level, Problem
+from simpletuner.config.reserved import LATER, NEGATED, NO_EFFECT, OLD_VALUES, RENAMED, is_later
+from simpletuner.errors import Level, Problem, UserError
 
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _FALSE = frozenset({"false", "0", "no", "off"})
@@ -60,8 +60,15 @@ class _Reader:
     def take(self, written: str, value: Any) -> None:
         """File one pair under its bare, current name."""
         option = written.removeprefix("--")
+        if option in NEGATED and parse_boolean(value) is True:
+            # It asks for what is so anyway: the option of the opposite meaning is off.
+            self._old_name(option)
+            return
         if option in RENAMED or option in NEGATED:
-            option, value = self._rename(option, value)
+            self._old_name(option)
+            value = True if option in NEGATED and parse_boolean(value) is False else value
+            option = RENAMED.get(option) or NEGATED[option]
+        value = self._new_value(option, value)
         if option in NO_EFFECT:
             self.warn("option_no_effect", option, f"--{option} has no effect: {NO_EFFECT[option]}.")
         elif option in self.known:
@@ -71,12 +78,20 @@ class _Reader:
         else:
             self.fail("unknown_field", option, f"Unknown option --{option}.", self._guess(option))
 
-    def _rename(self, option: str, value: Any) -> tuple[str, Any]:
-        new = RENAMED.get(option) or NEGATED[option]
-        self.warn("legacy_option", option, f"--{option} is the old name of --{new}.", f"Write --{new}.")
-        if option in NEGATED and (parsed := parse_boolean(value)) is not None:
-            return new, not parsed
-        return new, value
+    def _old_name(self, option: str) -> None:
+        if option in RENAMED:
+            new = RENAMED[option]
+            self.warn("legacy_option", option, f"--{option} is the old name of --{new}.", f"Write --{new}.")
+        else:
+            message = f"--{option} is the old opposite of --{NEGATED[option]}."
+            self.warn("legacy_option", option, message, f"Write --{NEGATED[option]}.")
+
+    def _new_value(self, option: str, value: Any) -> Any:
+        new = OLD_VALUES.get(option, {}).get(str(value))
+        if new is None:
+            return value
+        self.warn("legacy_option", option, f"{value!r} is the old name of --{option} {new}.", f"Write {new}.")
+        return new
 
     def _guess(self, option: str) -> str:
         near = get_close_matches(option, [*self.known, *LATER, *RENAMED], n=1, cutoff=0.75)
@@ -182,13 +197,15 @@ def _prepare(option: OptionField, raw: Any, *, is_text: bool) -> tuple[Any, Prob
     if kind in ("integer", "number"):
         if isinstance(raw, bool):
             return None, _problem(option, "bad_value", f"--{option.name} is a number, not {raw!r}.", "")
+        if isinstance(raw, str) and "_" in raw:
+            return None, _problem(option, "bad_value", f"--{option.name} is a number, not {raw!r}.", option.help)
         return (raw.strip() if isinstance(raw, str) else raw), None
     if kind == "structured" and isinstance(raw, str) and raw.lstrip()[:1] in ("{", "["):
         try:
-            return json.loads(raw), None
-        except json.JSONDecodeError as error:
-            message = f"--{option.name} is not valid JSON: {error.msg} at character {error.pos}."
-            return None, _problem(option, "bad_json", message, "Quote the whole value, and names with double quotes.")
+            return read_json(raw, name=f"--{option.name}")[0], None
+        except UserError as error:
+            hint = "Quote the whole value, and names with double quotes."
+            return None, _problem(option, "bad_json", error.message, hint)
     if kind == "structured" and is_text and isinstance(raw, str) and raw.isdecimal():
         return int(raw), None
     return raw, None

@@ -25,7 +25,7 @@ class RunOptions(OptionGroup):
     gradient_accumulation_steps: Annotated[PositiveInt, Ui(tab="training", order=4)] = 1
     """Micro-steps per optimizer step."""
 
-    seed: Annotated[int | None, Ui(tab="training", order=5)] = None
+    seed: Annotated[Annotated[int, Field(ge=-1, lt=2**63)] | None, Ui(tab="training", order=5)] = None
     """Seed of everything that is drawn. Empty, 0 or -1: drawn once when the job is frozen, then recorded."""
 
     num_processes: Annotated[PositiveInt, Ui(tab="hardware", order=30, later=True)] = 1
@@ -206,12 +206,6 @@ class DataOptions(OptionGroup):
 
     write_batch_size: Annotated[PositiveInt, Ui(tab="data", order=34)] = 128
     """Cache entries written at once."""
-
-    read_batch_size: Annotated[PositiveInt, Ui(tab="data", order=35)] = 25
-    """Files read ahead at once while caching."""
-
-    image_processing_batch_size: Annotated[PositiveInt, Ui(tab="data", order=36)] = 32
-    """Pictures decoded ahead at once while caching."""
 
     aspect_bucket_alignment: Annotated[PositiveInt, Ui(tab="data", order=37)] = 64
     """Both sides of a target are multiples of this. Fixed by the family."""

@@ -32,11 +32,11 @@ class ValidationOptions(OptionGroup):
     """Guidance scale."""
 
     validation_resolution: Annotated[
-        str | int | list[str | int], Ui(tab="validation", order=8, structured=True)
+        str | int | float | list[str | int | float], Ui(tab="validation", order=8, structured=True)
     ] = "1024x1024"  # fmt: skip
     """`WxH`, an edge, or a list of them; numbers below 128 are megapixels."""
 
-    validation_seed: Annotated[int | None, Ui(tab="validation", order=9)] = None
+    validation_seed: Annotated[Annotated[int, Field(ge=0, lt=2**62)] | None, Ui(tab="validation", order=9)] = None
     """Seed of the images; empty: from `seed`, fixed for the run."""
 
     num_validation_images: Annotated[PositiveInt, Ui(tab="validation", order=10)] = 1

@@ -30,7 +30,7 @@ def main(folder: str) -> ExitCode:
         transformers.utils.logging.disable_progress_bar()
         return execute(job, reporter, requests)
     except Ended as ended:
-        reporter.fail_stages()
+        _abort(reporter)
         status = "cancelled" if ended.mode == "cancel" else "stopped"
         reason = f"Asked to {ended.mode} before the first step."
         reporter.status(TrainingStatusData(status=status, global_step=0, total_num_steps=0, reason=reason))
@@ -66,15 +66,21 @@ def _bug(reporter: Reporter, error: BaseException) -> ExitCode:
 
 def _end(reporter: Reporter, error: UserError, **data: str) -> None:
     """Stage, abort, status, and last of all the error itself."""
+    stage, step, total = reporter.open_stage, reporter.step, reporter.total_steps
+    _abort(reporter)
+    code = int(error.exit_code)
+    status = TrainingStatusData(
+        status="failed", global_step=step, total_num_steps=total, reason=error.message, exit_code=code
+    )
+    reporter.status(status)
+    problems = [problem.as_dict() for problem in error.problems]
+    reporter.error(error, exit_code=code, problems=problems, stage=stage, step=step, **data)
+
+
+def _abort(reporter: Reporter) -> None:
     reporter.fail_stages()
     with reporter.stage("training_abort", "Ending early"):
         pass
-    code = int(error.exit_code)
-    reporter.status(
-        TrainingStatusData(status="failed", global_step=0, total_num_steps=0, reason=error.message, exit_code=code)
-    )
-    problems = [problem.as_dict() for problem in error.problems]
-    reporter.error(error, exit_code=code, problems=problems, **data)
 
 
 def _disk_full(error: OSError) -> UserError:

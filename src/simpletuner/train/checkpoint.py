@@ -51,8 +51,6 @@ class CheckpointSaver:
         self._reporter = reporter
         self._failures = 0
         self._last_bytes = 0
-        self.resumed_from: str | None = None
-        """Kept until the next save."""
 
     def save(
         self,
@@ -65,13 +63,14 @@ class CheckpointSaver:
     ) -> None:
         """Raises UserError `disk_full` (73) when the disk was full the last time too."""
         started_at = time.monotonic()
-        with self._reporter.stage("checkpoint_save", "Saving a checkpoint"):
-            try:
+        try:
+            with self._reporter.stage("checkpoint_save", "Saving a checkpoint"):
                 self._check_space()
                 folder = self._write(denoiser, update, state)
-            except OSError as error:
-                self._on_failure(state, error)
-                return
+        except OSError as error:
+            self._reporter.fail_stages("checkpoint_save")
+            self._on_failure(state, error)
+            return
         self._failures, self._last_bytes = 0, folder.size_bytes
         seconds = round(time.monotonic() - started_at, 3)
         event = Checkpoint(
@@ -84,8 +83,8 @@ class CheckpointSaver:
         )
         for request_id in request_ids or (None,):
             self._reporter.checkpoint(event, request_id)
-        prune_checkpoints(self._output_dir, self._limit)
-        self.resumed_from = None
+        # A run that went back to an older step has newer ones beside it: the one just saved stays in any case.
+        prune_checkpoints(self._output_dir, self._limit, keep=frozenset({folder.name}))
 
     def _write(self, denoiser: nn.Module, update: Update, state: TrainState) -> CheckpointFolder:
         folder = temporary_folder(self._output_dir, state.step)

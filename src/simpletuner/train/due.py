@@ -19,6 +19,7 @@ class Due:
     validation_epochs: int | None
     eval_interval: int | None
     eval_epochs: int | None
+    on_startup: bool = False
 
     @classmethod
     def from_config(cls, config: TrainConfig, total_steps: int) -> Due:
@@ -30,6 +31,7 @@ class Due:
             validation_epochs=validation.validation_epoch_interval,
             eval_interval=validation.eval_steps_interval,
             eval_epochs=validation.eval_epoch_interval,
+            on_startup=validation.validation_on_startup,
         )
 
     def end(self, state: TrainState) -> bool:

@@ -77,9 +77,8 @@ class Inspection:
         with self.reporter.stage("benchmark_base_model", "Drawing the base model"):
             fingerprint = hash_weights(self.update.buffers)
             drawing = Drawing(step=0, cause="benchmark", fingerprint=fingerprint, kind="benchmark")
-            self.validation.run(self._drawer(), self.denoiser, drawing, weights_to_draw(None, "none"))
-            record.parent.mkdir(parents=True, exist_ok=True)
-            record.write_text(name)
+            if self.validation.run(self._drawer(), self.denoiser, drawing, weights_to_draw(None, "none")):
+                record.write_text(name)
 
     def export(self) -> Path:
         """Write `<output_dir>/pipeline`, averaged weights if there are any; compare it with what was trained."""

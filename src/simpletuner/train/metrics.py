@@ -16,6 +16,7 @@ from torch import Tensor
 
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.events import Event, EventType, NoticeData, Progress, Severity
+from simpletuner.job import write_atomic
 
 _RING = 64
 _REPORT_INTERVAL_S = 1.0
@@ -116,6 +117,17 @@ class Metrics:
 
     def close(self) -> None:
         self._file.close()
+
+
+def keep_metrics_until(path: Path, step: int) -> None:
+    """Cut the rows beyond `step`, and a torn last one: the resumed run writes those steps itself."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+    if len(kept) < len(lines):
+        write_atomic(path, b"".join(kept))
 
 
 class Watch:

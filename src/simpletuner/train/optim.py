@@ -127,11 +127,13 @@ class OptimiLion:
             raise _unavailable("optimi-lion", "pip install torch-optimi") from error
         self._parameter = torch.nn.Parameter(buffer.weights, requires_grad=True)
         self._parameter.grad = buffer.grads
-        self._optimizer = Lion([self._parameter], lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
+        kahan = buffer.weights.dtype is not torch.float32
+        self._optimizer = Lion([self._parameter], lr=1.0, betas=(0.9, 0.99), weight_decay=0.0, kahan_sum=kahan)
         self.state = {"exp_avg": torch.zeros_like(buffer.weights)}
-        if buffer.weights.dtype is not torch.float32:
+        if kahan:
             self.state["kahan_comp"] = torch.zeros_like(buffer.weights)
-        self._optimizer.state[self._parameter] = dict(self.state)
+        # The library takes a state without `kahan_comp` for none at all, and would put its own in place of ours.
+        self._optimizer.state[self._parameter] = {"kahan_comp": None, **self.state}
 
     def step(self, rate: float, step: int, clipping: Clipping) -> None:
         if not clipping.finite:

@@ -34,9 +34,18 @@ class Reporter:
         self._journal = journal
         self._artifacts = artifacts
         self._open_stages: list[StageReport] = []
+        self.step = 0
+        self.total_steps = 0
 
     def emit(self, event: Event) -> None:
+        if event.progress is not None:
+            self.step, self.total_steps = event.progress.current, event.progress.total
         self._journal.append(event)
+
+    @property
+    def open_stage(self) -> str | None:
+        """Key of the innermost stage that is under way."""
+        return self._open_stages[-1].key if self._open_stages else None
 
     @contextmanager
     def stage(self, key: str, label: str) -> Generator[StageReport]:
@@ -75,6 +84,7 @@ class Reporter:
         )
 
     def status(self, data: TrainingStatusData, *, severity: Severity = Severity.INFO) -> None:
+        self.step, self.total_steps = data.global_step, data.total_num_steps
         message = data.reason or f"Training {data.status} at step {data.global_step} of {data.total_num_steps}."
         self.emit(
             Event(

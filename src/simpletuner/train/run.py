@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.checkpoints import remove_temporary
+from simpletuner.config.prompt import plan_pictures, plan_prompts
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.loader import Loader
 from simpletuner.data.plan import EpochPlan, check_full_batch
@@ -36,9 +37,8 @@ from simpletuner.train.heldout import HeldOut
 from simpletuner.train.inputs import Inputs, Preparation
 from simpletuner.train.inspection import Inspection
 from simpletuner.train.loop import Outcome, Run, train
-from simpletuner.train.metrics import Metrics, peak_memory_bytes
+from simpletuner.train.metrics import Metrics, keep_metrics_until, peak_memory_bytes
 from simpletuner.train.optim import build_optimizers
-from simpletuner.train.prompts import plan_pictures, plan_prompts
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import RequestReader
 from simpletuner.train.state import TrainState
@@ -117,18 +117,23 @@ class _Builder:
         total = total_steps(config, plan)
         facts = run_facts(config, self._inputs.fingerprint())
         point = find_resume_point(config.checkpoint.resume_from_checkpoint, self._output_dir, reporter)
-        if point is not None:
-            check_resume(point, facts, config, reporter)
+        if point is not None and not check_resume(point, facts, config, reporter):
+            point.state.position = plan.position_after(point.state.samples // plan.group_size)
         remove_temporary(self._output_dir)
         with reporter.stage("init_load_base_model", "Loading the model"):
             denoiser = self._load_denoiser(None)
         with reporter.stage("init_prepare_models", "Preparing the model"):
             update = self._build_update(denoiser, total)
-            metrics = Metrics(reporter.emit, self._output_dir / "training_metrics.jsonl", total, self._device)
+            file = self._output_dir / "training_metrics.jsonl"
+            keep_metrics_until(file, point.state.step if point else 0)
+            metrics = Metrics(reporter.emit, file, total, self._device)
             saver = CheckpointSaver(self._output_dir, config.checkpoint.checkpoints_total_limit, facts, reporter)
             inspection = self._build_inspection(denoiser, update, saver, metrics, total)
-        inspection.benchmark(config.model.pretrained_model_name_or_path)
-        state = self._resume(point, denoiser, update, saver)
+        if config.validation.disable_benchmark:
+            reporter.skip_stage("benchmark_base_model", "Drawing the base model")
+        else:
+            inspection.benchmark(config.model.pretrained_model_name_or_path)
+        state = self._resume(point, denoiser, update)
         run = self._build_run(denoiser, update, state, metrics, inspection, plan)
         final_epoch = plan.position_after(total * self._accumulation).epoch
         return Built(run[0], inspection, run[1], metrics, point.folder.name if point else None, final_epoch)
@@ -200,9 +205,7 @@ class _Builder:
             for entry in self._config.eval_datasets
         ]
 
-    def _resume(
-        self, point: ResumePoint | None, denoiser: nn.Module, update: Update, saver: CheckpointSaver
-    ) -> TrainState:
+    def _resume(self, point: ResumePoint | None, denoiser: nn.Module, update: Update) -> TrainState:
         if point is None:
             self._reporter.skip_stage("init_resume_checkpoint", "Resuming")
             return TrainState()
@@ -212,7 +215,6 @@ class _Builder:
                 for name, value in denoiser.state_dict().items():
                     value.copy_(saved[name])
             load_checkpoint(point, update, self._device)
-            saver.resumed_from = point.folder.name
         return point.state
 
     def _build_run(
@@ -278,6 +280,8 @@ def _loop(built: Built, reporter: Reporter) -> Outcome:
         return "completed"
     if state.step == 0:
         built.inspection.measure(0)
+    if built.inspection.due.on_startup:
+        built.inspection.on_startup(state.step)
     built.metrics.start()
     return train(built.run)
 

@@ -15,14 +15,14 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 
+from simpletuner.config.prompt import Picture
 from simpletuner.config.validation_options import ValidationOptions
 from simpletuner.errors import UserError
 from simpletuner.events import ValidationData, ValidationImageData
 from simpletuner.families.base import Draw, ImageRequest
 from simpletuner.train.buffer import FlatParameters
 from simpletuner.train.ema import Ema
-from simpletuner.train.prompts import Picture
-from simpletuner.train.report import Reporter
+from simpletuner.train.report import Reporter, StageReport
 
 EmaMode = Literal["comparison", "ema_only", "none"]
 ValidationStatus = Literal["started", "completed", "skipped", "failed"]
@@ -69,12 +69,15 @@ class Validation:
     def is_off(self) -> bool:
         return self._options.validation_disable or not self._pictures
 
-    def run(self, draw: Draw, denoiser: nn.Module, drawing: Drawing, weights: list[Weights]) -> None:
-        """All pictures with each of `weights`. Training's randomness and the module's mode are as before."""
+    def run(self, draw: Draw, denoiser: nn.Module, drawing: Drawing, weights: list[Weights]) -> bool:
+        """All pictures with each of `weights`; whether all were drawn.
+
+        Training's randomness and the module's mode are as before.
+        """
         self._say(drawing, "started")
         started_at = time.monotonic()
         training, device = denoiser.training, next(denoiser.parameters()).device
-        count, total = 0, len(self._pictures) * len(weights)
+        drawn: list[Path] = []
         try:
             denoiser.eval()
             with (
@@ -84,22 +87,27 @@ class Validation:
             ):
                 for kept in weights:
                     with kept.hold():
-                        for picture in self._pictures:
-                            self._draw(draw, picture, drawing, kept.suffix)
-                            count += 1
-                            stage.advance(count, total)
+                        self._draw_pictures(draw, drawing, kept.suffix, drawn, stage, len(weights))
         except (RuntimeError, ValueError, OSError, UserError) as error:
             self._reporter.fail_stages("validation")
-            self._say(drawing, "failed", num_images=count, reason=f"Validation failed: {error}")
-            return
+            self._say(drawing, "failed", num_images=len(drawn), reason=f"Validation failed: {error}")
+            return False
         finally:
             denoiser.train(training)
-        self._say(drawing, "completed", num_images=count, seconds=round(time.monotonic() - started_at, 3))
+        self._say(drawing, "completed", num_images=len(drawn), seconds=round(time.monotonic() - started_at, 3))
+        return True
+
+    def _draw_pictures(
+        self, draw: Draw, drawing: Drawing, suffix: str, drawn: list[Path], stage: StageReport, rounds: int
+    ) -> None:
+        for picture in self._pictures:
+            drawn.append(self._draw(draw, picture, drawing, suffix))
+            stage.advance(len(drawn), len(self._pictures) * rounds)
 
     def skip(self, drawing: Drawing, reason: str) -> None:
         self._say(drawing, "skipped", reason=reason)
 
-    def _draw(self, draw: Draw, picture: Picture, drawing: Drawing, suffix: str) -> None:
+    def _draw(self, draw: Draw, picture: Picture, drawing: Drawing, suffix: str) -> Path:
         options = self._options
         steps = options.validation_num_inference_steps
         request = ImageRequest(
@@ -135,6 +143,7 @@ class Validation:
             index=picture.index,
         )
         self._reporter.image(data, file, _MIME[options.validation_image_format])
+        return file
 
     def _file(self, picture: Picture, drawing: Drawing, suffix: str) -> Path:
         size = f"{picture.width}x{picture.height}"

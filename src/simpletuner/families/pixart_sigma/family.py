@@ -146,6 +146,9 @@ class PixArtSigma:
         for part in ("scheduler", "text_encoder", "tokenizer", "vae"):
             source = self._vae if part == "vae" else self._repository
             shutil.copytree(source.part(part), folder / part)
+        if self._config.model.prediction_type is not None:
+            scheduler = self.scheduler_config() | {"prediction_type": self._config.model.prediction_type}
+            (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
         index = {
             "_class_name": "PixArtSigmaPipeline",
             "scheduler": [

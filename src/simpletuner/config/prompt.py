@@ -65,12 +65,14 @@ def plan_pictures(config: TrainConfig, prompts: list[Prompt]) -> list[Picture]:
     ]
 
 
-def parse_resolutions(value: str | int | list[str | int]) -> list[tuple[int, int]]:
+def parse_resolutions(value: str | float | list[str | int | float]) -> list[tuple[int, int]]:
     """`WxH`, an edge, megapixels (below 128), a comma list or a list of them → (width, height) in pixels.
 
     Raises UserError `bad_resolution` for what is none of these or no multiple of 16.
     """
     parts = value if isinstance(value, list) else str(value).split(",")
+    if not parts:
+        raise _bad_resolution("[]", "Name at least one size.")
     return [_parse_resolution(str(part).strip()) for part in parts]
 
 

@@ -1,0 +1,29 @@
+"""Shared by all tests: no network, one thread, and the flag that rewrites golden files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-goldens", action="store_true", help="rewrite golden files instead of comparing with them")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
+    """`golden(file, text)`: equal to what is kept, or kept from now on with --write-goldens."""
+
+    def compare(path: Path, text: str) -> None:
+        if request.config.getoption("--write-goldens"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        assert path.exists(), f"{path} is missing: run pytest --write-goldens"
+        assert text == path.read_text(), f"{path.name} has changed: make goldens docs, and name it in CHANGELOG.md"
+
+    return compare
