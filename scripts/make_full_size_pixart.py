@@ -1,4 +1,4 @@
-"""Write a diffusers folder with PixArt Sigma 900M's real shapes and random weights: to try memory and files without a hub.
+"""Write a diffusers folder of PixArt Sigma 900M's real shapes with random weights: to try memory without a hub.
 
     python -m scripts.make_full_size_pixart FOLDER [--text-layers 1]
 
