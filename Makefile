@@ -4,20 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check serve goldens docs bench clean
+.PHONY: demo test check lint serve goldens docs bench clean
 
 demo: $(READY)
 	$(BIN)/python -m scripts.demo
 
-test: check
-	$(BIN)/python -m pytest -m slow
+test: lint
+	$(BIN)/python -m pytest
 
-check: $(READY)
+check: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY)
 	$(BIN)/ruff check src tests scripts
 	$(BIN)/ruff format --check src tests scripts
 	$(BIN)/lint-imports
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -m "not slow"
 
 serve: $(READY)
 	$(BIN)/simpletuner server --host 127.0.0.1
