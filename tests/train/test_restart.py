@@ -284,3 +284,10 @@ def test_a_stop_by_signal(shared: TinyWorld, straight: Ran) -> None:
     assert (ran.code, checkpoints(ran)) == (75, {"checkpoint-1"})
     resumed = shared.run(output_dir="signalled", **LONG)
     same_end(straight, resumed)
+
+
+def test_a_full_cache_changes_nothing(world: TinyWorld) -> None:
+    """Generators stand alike whether encoders were loaded or not."""
+    cold, warm = (world.run(output_dir=name, **LONG) for name in ("cold", "warm"))
+    assert warm.notices("cache_report")[0]["data"]["encoded"] == 0 < cold.notices("cache_report")[0]["data"]["encoded"]
+    same_end(cold, warm)
