@@ -261,6 +261,10 @@ def main() -> None:
     scheduler = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
     pipeline = PixArtSigmaPipeline(tokenizer, text, vae, denoiser, scheduler).to(dtype=torch.bfloat16)
     pipeline.save_pretrained(given.out)
+    for config in given.out.glob("*/config.json"):
+        # diffusers writes where the part was loaded from: a folder of this machine.
+        kept = {name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}
+        config.write_text(json.dumps(kept, indent=2) + "\n")
     print("bytes", sum(path.stat().st_size for path in given.out.rglob("*") if path.is_file()))
 
 

@@ -8,9 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Self
 
-_SHOWN = frozenset(
-    {"training.status", "training.checkpoint", "training.validation", "training.metric", "notification", "error"}
-)
+_SHOWN = frozenset({"training.status", "training.checkpoint", "training.validation", "training.metric", "notification"})
+"""The error of a failed run is not among them: who follows a run says at its end how it ended."""
+_QUIET_STAGES = frozenset({"checkpoint_save", "validation", "training_complete", "training_abort"})
 _MARKS = {"warning": "! ", "error": "✗ ", "critical": "✗ ", "success": "✓ "}
 
 
@@ -111,7 +111,7 @@ def summarise(event: Mapping[str, Any]) -> str:
     kind, mark = event["type"], _MARKS.get(event.get("severity", ""), "  ")
     if kind == "lifecycle.stage":
         stage = event["stage"]
-        if stage["status"] not in ("completed", "failed") or stage["key"] in ("checkpoint_save", "validation"):
+        if stage["status"] not in ("completed", "failed") or stage["key"] in _QUIET_STAGES:
             return ""
         seconds = stage.get("metadata", {}).get("elapsed_seconds", 0)
         count = f" {stage['current']}" if stage["total"] else ""
@@ -120,7 +120,8 @@ def summarise(event: Mapping[str, Any]) -> str:
         progress = event["progress"]
         is_end = progress["current"] in (1, progress["total"])
         return f"  Step {step_numbers(progress)}" if is_end else ""
-    if kind not in _SHOWN or event.get("data", {}).get("status") == "started":
+    status = event.get("data", {}).get("status")
+    if kind not in _SHOWN or status == "started" or (kind == "training.status" and status == "failed"):
         return ""
     hint = event.get("data", {}).get("hint")
     return f"{mark}{event['message']}" + (f" {hint}" if hint else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from simpletuner.data.loader import Loader
 from simpletuner.data.plan import EpochPlan, check_full_batch
 from simpletuner.diffusion.loss import Loss
 from simpletuner.diffusion.objective import DiffusionObjective
-from simpletuner.errors import ExitCode
+from simpletuner.errors import ExitCode, UserError
 from simpletuner.events import Event, EventType, Severity, SummaryData, TrainingStatusData
 from simpletuner.families.base import DTYPES, Family, build_family
 from simpletuner.families.registry import load_spec
@@ -69,7 +70,7 @@ def execute(job: JobDir, reporter: Reporter, requests: RequestReader) -> ExitCod
     assert config.run.seed is not None
     seed_generators(config.run.seed)
     output_dir = Path(spec.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    _make_output_dir(output_dir)
     family = build_family(config, family_spec)
     prompts = plan_prompts(config.validation)
     texts = [prompt.text for prompt in prompts] + [config.validation.validation_negative_prompt]
@@ -326,3 +327,19 @@ def _status(built: Built, status: str) -> TrainingStatusData:
         final_epoch=built.final_epoch,
         resumed_from=built.resumed_from,
     )
+
+
+def _make_output_dir(folder: Path) -> None:
+    """Raises UserError `output_dir_not_writable` (73)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            "output_dir_not_writable",
+            f"The output folder {folder} cannot be written: {error.strerror}.",
+            hint="Choose another --output_dir or change its rights.",
+            pointer="/--output_dir",
+            exit_code=ExitCode.STORAGE,
+        ) from error

@@ -26,7 +26,7 @@ router = APIRouter(prefix="/api/training", tags=["training", "configurations"])
 
 EXAMPLE = {
     "--model_family": "pixart_sigma",
-    "--model_type": "lora",
+    "--model_type": "full",
     "--output_dir": "output/demo",
     "--data_backend_config": "config/multidatabackend.json",
     "--max_train_steps": 200,
