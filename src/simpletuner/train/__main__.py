@@ -37,15 +37,13 @@ def main(folder: str) -> ExitCode:
         return ExitCode.STOPPED
     except UserError as error:
         return _fail(reporter, error)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _fail(reporter, _disk_full(error))
-        return _bug(reporter, error)
     except MemoryError as error:
         return _fail(reporter, _out_of_memory(error))
     except Exception as error:  # noqa: BLE001 - the edge: a bug becomes an event, with its traceback
         if type(error).__name__ == "OutOfMemoryError":
             return _fail(reporter, _out_of_memory(error))
+        if _is_disk_full(error):
+            return _fail(reporter, _disk_full(error))
         return _bug(reporter, error)
 
 
@@ -83,7 +81,15 @@ def _abort(reporter: Reporter) -> None:
         pass
 
 
-def _disk_full(error: OSError) -> UserError:
+def _is_disk_full(error: BaseException) -> bool:
+    """safetensors tells the number of the system's error in words only."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if type(error).__name__ == "SafetensorError":
+        return any(f"(os error {number})" in str(error) for number in full)
+    return isinstance(error, OSError) and error.errno in full
+
+
+def _disk_full(error: BaseException) -> UserError:
     return UserError(
         "disk_full",
         f"The disk is full: {error}",

@@ -16,6 +16,7 @@ import diffusers
 import torch
 import transformers
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -67,7 +68,7 @@ class CheckpointSaver:
             with self._reporter.stage("checkpoint_save", "Saving a checkpoint"):
                 self._check_space()
                 folder = self._write(denoiser, update, state)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             self._reporter.fail_stages("checkpoint_save")
             self._on_failure(state, error)
             return
@@ -98,7 +99,8 @@ class CheckpointSaver:
             (folder / STATE).write_text(json.dumps(record, indent=1))
             (folder / "README.md").write_text(_readme(state, self._facts))
             return complete_checkpoint(folder, self._output_dir, state.step)
-        except OSError:
+        except (OSError, SafetensorError):
+            # safetensors has an error of its own for a full disk.
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -107,9 +109,10 @@ class CheckpointSaver:
         if free < self._last_bytes * 1.1:
             raise OSError(28, f"{free} bytes are free, the last checkpoint took {self._last_bytes}")
 
-    def _on_failure(self, state: TrainState, error: OSError) -> None:
+    def _on_failure(self, state: TrainState, error: OSError | SafetensorError) -> None:
         self._failures += 1
-        message = f"The checkpoint of step {state.step} could not be saved: {error.strerror or error}."
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        message = f"The checkpoint of step {state.step} could not be saved: {reason}."
         hint = f"Make room in {self._output_dir}; earlier checkpoints are whole."
         if self._failures > 1:
             raise UserError("disk_full", message, hint=hint, exit_code=ExitCode.STORAGE) from error

@@ -42,7 +42,7 @@ from simpletuner.train.metrics import Metrics, keep_metrics_until, peak_memory_b
 from simpletuner.train.optim import build_optimizers
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import RequestReader
-from simpletuner.train.state import TrainState
+from simpletuner.train.state import TrainState, seed_generators
 from simpletuner.train.update import Update
 from simpletuner.train.validation import Validation
 
@@ -68,7 +68,7 @@ def execute(job: JobDir, reporter: Reporter, requests: RequestReader) -> ExitCod
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_flush_denormal(True)
     assert config.run.seed is not None
-    torch.manual_seed(config.run.seed)
+    seed_generators(config.run.seed)
     output_dir = Path(spec.output_dir)
     _make_output_dir(output_dir)
     family = build_family(config, family_spec)
@@ -209,6 +209,8 @@ class _Builder:
     def _resume(self, point: ResumePoint | None, denoiser: nn.Module, update: Update) -> TrainState:
         if point is None:
             self._reporter.skip_stage("init_resume_checkpoint", "Resuming")
+            # Again, so that training starts alike whatever had to be encoded or loaded before.
+            seed_generators(self._seed)
             return TrainState()
         with self._reporter.stage("init_resume_checkpoint", "Resuming"):
             saved = self._family.load_denoiser(point.folder.path / "transformer").state_dict()

@@ -38,6 +38,13 @@ class TrainState:
         return cls(step=row["step"], position=Position(**row["position"]), samples=row["samples"])
 
 
+def seed_generators(seed: int) -> None:
+    """The process-wide generators: what modules draw while they train. Draws of samples do not come from them."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def rng_tensors() -> dict[str, Tensor]:
     """The process-wide generators of torch, CUDA, numpy and python, as tensors."""
     version, words, gauss = random.getstate()
