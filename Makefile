@@ -25,7 +25,7 @@ serve: $(READY)
 	$(BIN)/simpletuner server --host 127.0.0.1
 
 goldens: $(READY)
-	$(BIN)/python -m pytest tests/goldens --write-goldens
+	$(BIN)/python -m pytest tests/goldens tests/config tests/train -m "not slow" --write-goldens
 
 docs: $(READY)
 	$(BIN)/python -m scripts.write_docs

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -136,15 +137,18 @@ def test_nothing_is_decoded(cached: Fixture, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("prefetch", [0, 10])
 def test_a_failing_worker_is_heard_at_once(cached: Fixture, prefetch: int) -> None:
     calls: list[int] = []
+    first_taken = Event()
 
     def collate(entries: Any) -> dict[str, Tensor]:
         calls.append(1)
         if len(calls) == 4:
+            first_taken.wait(10)
             raise ZeroDivisionError("in the worker")
         return collate_prompts(entries)
 
     with Loader(cached.plan(), cached.reader(collate_text=collate), prefetch=prefetch) as loader:
         next(loader)
+        first_taken.set()
         while prefetch and len(calls) < 4:
             time.sleep(0.001)
         time.sleep(0.05)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_world import Ran, TinyWorld
 
 from simpletuner.checkpoints import find_faults
@@ -107,25 +109,15 @@ def test_the_process_ends_with_its_error_as_the_last_line(world: TinyWorld) -> N
     ]  # fmt: skip
 
 
-# --- numbers that are none, and bugs: injected where the arithmetic is, in a process of its own
-
-POISON = """
-import torch
-count = [0]
-plain = torch.Tensor.backward
-def backward(self, *args, **keys):
-    count[0] += 1
-    plain(self * float('nan') if {when} else self, *args, **keys)
-torch.Tensor.backward = backward
-"""
+# --- numbers that are none, and bugs: injected where the arithmetic is
 
 
-def poisoned(world: TinyWorld, when: str, **options: Any) -> Ran:
-    return world.spawn(world.job(**options), before=POISON.format(when=when))
+def poisoned(world: TinyWorld, when: Callable[[int], bool], **options: Any) -> Ran:
+    return world.main(world.job(**options), lambda count, loss: loss * math.nan if when(count) else loss)
 
 
 def test_one_step_that_is_no_number_is_skipped(shared: TinyWorld) -> None:
-    ran = poisoned(shared, "count[0] == 2", output_dir="nan-once", max_train_steps=4)
+    ran = poisoned(shared, lambda count: count == 2, output_dir="nan-once", max_train_steps=4)
     assert ran.code == 0
     notice = ran.notices("nonfinite_step")
     assert len(notice) == 1 and notice[0]["data"]["step"] == 2 and len(notice[0]["data"]["samples"]) == 2
@@ -135,7 +127,7 @@ def test_one_step_that_is_no_number_is_skipped(shared: TinyWorld) -> None:
 
 def test_numbers_that_are_none_to_the_end(shared: TinyWorld) -> None:
     options = {"checkpoint_step_interval": 2, "max_train_steps": 9}
-    ran = poisoned(shared, "count[0] > 2", output_dir="nan-always", **options)
+    ran = poisoned(shared, lambda count: count > 2, output_dir="nan-always", **options)
     assert ran.code == 72
     assert ran.events[-1]["data"]["code"] == "diverged" and ran.events[-1]["data"]["exit_code"] == 72
     status = ran.of_type("training.status")[-1]["data"]
@@ -147,16 +139,11 @@ def test_numbers_that_are_none_to_the_end(shared: TinyWorld) -> None:
     assert (ran.output / "checkpoint-2").exists()
 
 
-BUG = """
-import torch
-def backward(*args, **keys):
-    raise ZeroDivisionError('of the test')
-torch.Tensor.backward = backward
-"""
-
-
 def test_a_bug_keeps_its_traceback(shared: TinyWorld) -> None:
-    ran = shared.spawn(shared.job(output_dir="bug"), before=BUG)
+    def break_down(_count: int, _loss: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError("of the test")
+
+    ran = shared.main(shared.job(output_dir="bug"), break_down)
     assert ran.code == 70
     error = ran.events[-1]["data"]
     assert error["code"] == "bug" and "ZeroDivisionError: of the test" in error["traceback"]

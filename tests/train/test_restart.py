@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from tiny_world import Ran, TinyWorld
 
@@ -272,15 +275,12 @@ def test_temporary_folders_go_at_the_next_start(shared: TinyWorld, straight: Ran
 
 def test_a_stop_by_signal(shared: TinyWorld, straight: Ran) -> None:
     """SIGTERM in the loop: the step is finished, saved, 75."""
-    before = (
-        "import os, signal, torch\n"
-        "plain = torch.Tensor.backward\n"
-        "def backward(*args, **keys):\n"
-        "    plain(*args, **keys)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "torch.Tensor.backward = backward\n"
-    )
-    ran = shared.spawn(shared.job(output_dir="signalled", **LONG), before=before)
+
+    def terminate(count: int, loss: torch.Tensor) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    ran = shared.main(shared.job(output_dir="signalled", **LONG), terminate)
     assert (ran.code, checkpoints(ran)) == (75, {"checkpoint-1"})
     resumed = shared.run(output_dir="signalled", **LONG)
     same_end(straight, resumed)

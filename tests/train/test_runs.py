@@ -319,7 +319,7 @@ def test_an_end_before_the_first_step(
     job = shared.job(output_dir=f"early-{status}")
     for command in commands:
         job.send(command=_command(command))
-    ran = shared.spawn(job)
+    ran = shared.main(job)
     assert ran.code == code
     assert [event["data"]["status"] for event in ran.of_type("training.status")] == [status]
     assert len(list(ran.output.glob("checkpoint-*"))) == checkpoints

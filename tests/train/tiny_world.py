@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from simpletuner.config.train_config import option_fields
 from simpletuner.errors import ExitCode
 from simpletuner.events import read_journal
 from simpletuner.job import Command, CommandName, JobDir, JobSpec
+from simpletuner.train.__main__ import main
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import RequestReader
 from simpletuner.train.run import execute
@@ -103,6 +107,27 @@ def paint_pictures(folder: Path, sizes: tuple[tuple[int, int], ...] = SIZES) -> 
     return folder
 
 
+Hook = Callable[[int, torch.Tensor], torch.Tensor]
+"""Number of the micro-step from 1, its loss → the loss that is propagated."""
+
+
+@contextmanager
+def at_each_backward(hook: Hook) -> Generator[None]:
+    """`hook` stands where the arithmetic is: torch's own backward, not our code."""
+    plain, count = torch.Tensor.backward, 0
+
+    def backward(self: torch.Tensor, *args: Any, **keys: Any) -> None:
+        nonlocal count
+        count += 1
+        plain(hook(count, self), *args, **keys)
+
+    torch.Tensor.backward = backward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.backward = plain  # type: ignore[method-assign]
+
+
 @dataclass(slots=True)
 class Ran:
     code: ExitCode
@@ -167,24 +192,30 @@ class TinyWorld:
     def run_until(self, step: int, command: CommandName, **options: Any) -> Ran:
         """In this process; `command` comes while the `step`-th step of this start is computed."""
         job = self.job(**options)
-        seen = 0
+        first_micro = (step - 1) * options.get("gradient_accumulation_steps", 1) + 1
 
-        plain = torch.Tensor.backward
-
-        def backward(*args: Any, **keys: Any) -> None:
-            nonlocal seen
-            seen += 1
-            if seen == (step - 1) * options.get("gradient_accumulation_steps", 1) + 1:
+        def ask(count: int, loss: torch.Tensor) -> torch.Tensor:
+            if count == first_micro:
                 job.send(Command(command=command, request_id=command.value))
-            plain(*args, **keys)
+            return loss
 
-        torch.Tensor.backward = backward  # type: ignore[method-assign]
         journal = job.open_journal()
         try:
-            code = execute(job, Reporter(journal, job.artifacts), RequestReader(job))
+            with at_each_backward(ask):
+                code = execute(job, Reporter(journal, job.artifacts), RequestReader(job))
         finally:
-            torch.Tensor.backward = plain  # type: ignore[method-assign]
             journal.close()
+        return self.ran(job, code)
+
+    def main(self, job: JobDir, hook: Hook | None = None) -> Ran:
+        """`python -m simpletuner.train` with its edge and its signal handlers, but in this process."""
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with at_each_backward(hook or (lambda _, loss: loss)):
+                code = main(str(job.root))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return self.ran(job, code)
 
     def spawn(self, job: JobDir, *, before: str = "", threads: int = 1) -> Ran:
