@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 NAMES = ("overhead", "loader", "cache")
@@ -29,18 +29,18 @@ def main(words: Sequence[str] | None = None) -> int:
     import transformers
 
     from simpletuner.bench import cache, loader, overhead
-    from simpletuner.bench.figure import as_markdown, circumstances
+    from simpletuner.bench.figure import Measured, as_markdown, circumstances
     from simpletuner.bench.scene import Scene
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    benchmarks = {
+    benchmarks: dict[str, Callable[[Scene], Measured]] = {
         "overhead": lambda scene: overhead.measure(scene, asked.steps),
         "loader": lambda scene: loader.measure(scene, asked.steps),
-        "cache": lambda scene: cache.measure(scene),
+        "cache": cache.measure,
     }
-    measured = []
+    measured: list[Measured] = []
     for name in [asked.name] if asked.name else NAMES:
         with tempfile.TemporaryDirectory(prefix="simpletuner-bench-") as folder:
             measured.append(benchmarks[name](Scene(Path(folder), asked.pictures)))
@@ -52,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _at_least(least: int):
+def _at_least(least: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         number = int(text)
         if number < least:

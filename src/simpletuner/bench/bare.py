@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 from torch import nn
 
@@ -24,20 +25,23 @@ class BareLoop:
         self._noised = noised
 
     def run(
-        self, first: int, steps: int, *, before: Callable[[], None] | None = None, after: Callable[[], None] | None = None
+        self,
+        first: int,
+        steps: int,
+        *,
+        before: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
     ) -> list[float]:
         """Seconds of each of the steps `first`, `first + 1`, …; the calls surround all of them."""
         times = [time.perf_counter()]
         if before:
             before()
         for step in range(first, first + steps):
-            predicted = self._family.predict(
-                self._denoiser, self._noised.latents_BCHW, self._noised.t_B, self._batch
-            )
+            predicted = self._family.predict(self._denoiser, self._noised.latents_BCHW, self._noised.t_B, self._batch)
             loss = (predicted.float() - self._noised.target_BCHW).square().mean()
             loss.backward()
             self._update.apply(step)
             times.append(time.perf_counter())
         if after:
             after()
-        return [end - start for start, end in zip(times, times[1:], strict=False)]
+        return [end - start for start, end in pairwise(times)]

@@ -26,7 +26,8 @@ class OperationCounter(TorchDispatchMode):
         self._loop = loop
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[called_by(self._loop, sys._getframe(1)), str(func)] += 1
+        frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+        self.counts[called_by(self._loop, frame), str(func)] += 1
         return func(*args, **(kwargs or {}))
 
     def start(self) -> None:
@@ -59,6 +60,8 @@ class CallCounter:
 def called_by(loop: CodeType, frame: FrameType | None) -> str:
     """Name of what the innermost frame of `loop` is calling; `loop` itself when the operation is its own."""
     inner: FrameType | None = None
+    while frame is not None and frame.f_globals.get("__name__") == "torch._compile":
+        frame = frame.f_back  # torch's own cover around the counter
     while frame is not None and frame.f_code is not loop:
         frame, inner = frame.f_back, frame
     return "loop" if frame is None or inner is None else inner.f_code.co_qualname

@@ -86,11 +86,14 @@ def _cpu() -> str:
 def _commit() -> str:
     """Of the checkout that the package is in; `-dirty` where tracked files differ from it."""
     here = Path(__file__).parent
+    is_ours = _git(here, "ls-files", "--error-unmatch", "../__init__.py")
+    return (is_ours and _git(here, "describe", "--always", "--dirty")) or "none"
+
+
+def _git(folder: Path, *words: str) -> str:
+    """What git says; nothing where it fails or is not installed."""
     try:
-        ours = subprocess.run(["git", "ls-files", "--error-unmatch", "../__init__.py"], cwd=here, capture_output=True)
-        if ours.returncode:
-            return "none"
-        told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+        ran = subprocess.run(["git", *words], cwd=folder, check=False, capture_output=True, text=True)
     except OSError:
-        return "none"
-    return told.stdout.strip() or "none"
+        return ""
+    return "" if ran.returncode else ran.stdout.strip()

@@ -74,23 +74,18 @@ def _times(bare: BareLoop, trainer: TrainerLoop, run: Run, precision: Precision,
         is_met=lower <= MAX_RATIO,
         note=f"{steps} steps each, batch {BATCH_SIZE}; 95 % lower bound {lower:.4f}",
     )
-    yield Figure(name=f"{precision}: bare step", value=fast * 1e3, unit="ms", **_span(bare_s))
-    yield Figure(
-        name=f"{precision}: trainer step",
-        value=slow * 1e3,
-        unit="ms",
-        **_span(trainer_s),
-        note=f"{(slow - fast) * 1e6:.0f} µs more",
-    )
+    yield _step(f"{precision}: bare step", bare_s, "")
+    yield _step(f"{precision}: trainer step", trainer_s, f"{(slow - fast) * 1e6:.0f} µs more")
 
 
 def _median(blocks: list[list[float]]) -> float:
     return statistics.median(time for block in blocks for time in block)
 
 
-def _span(blocks: list[list[float]]) -> dict[str, float]:
+def _step(name: str, blocks: list[list[float]], note: str) -> Figure:
     times = [time * 1e3 for block in blocks for time in block]
-    return {"least": min(times), "most": max(times)}
+    middle = statistics.median(times)
+    return Figure(name=name, value=middle, unit="ms", least=min(times), most=max(times), note=note)
 
 
 def _counts(

@@ -1,4 +1,4 @@
-"""What is measured: a real run of the nano PixArt, over pictures that are drawn for it, with caches of the real builder."""
+"""What is measured: a real run of the nano PixArt, over pictures drawn for it, with caches of the real builder."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 from simpletuner.data.loader import Batch
 from simpletuner.train.loop import Run, train
@@ -54,7 +55,7 @@ class TrainerLoop:
         try:
             outcome = train(self._run)
         except _BlockEnded:
-            return [end - start for start, end in zip(paced.asked_at, paced.asked_at[1:], strict=False)]
+            return [end - start for start, end in pairwise(paced.asked_at)]
         finally:
             if after is not None:
                 after()

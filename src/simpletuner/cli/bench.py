@@ -32,5 +32,12 @@ def bench(
     json
         Print JSON rather than a Markdown table.
     """
-    words = [*([name] if name else []), "--steps", str(steps), "--pictures", str(pictures), *(["--json"] if json else [])]
+    words = [
+        *([name] if name else []),
+        "--steps",
+        str(steps),
+        "--pictures",
+        str(pictures),
+        *(["--json"] if json else []),
+    ]
     return subprocess.run([sys.executable, "-m", BENCH, *words], env=os.environ, check=False).returncode
