@@ -14,6 +14,7 @@ COMMANDS = {
     "train": ("simpletuner.cli.train:train", "Train here, in the foreground."),
     "options": ("simpletuner.cli.options:options", "Explain an option, or list them all."),
     "ledger": ("simpletuner.cli.ledger:ledger", "What would become of every file of a dataset."),
+    "bench": ("simpletuner.cli.bench:bench", "Measure the trainer, the loader and the cache on this machine."),
 }
 
 

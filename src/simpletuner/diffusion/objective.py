@@ -49,7 +49,7 @@ def sample_noise(shape: torch.Size, seed: int, purpose: str, visits: Sequence[tu
     """Standard normal, fp32, CPU, each sample from its own counter stream."""
     noise = torch.empty(shape)
     for row, (sample, visit) in zip(noise, visits, strict=True):
-        torch.randn(row.shape, generator=torch.Generator().manual_seed(key_seed(purpose, seed, sample, visit)), out=row)
+        row.normal_(generator=torch.Generator().manual_seed(key_seed(purpose, seed, sample, visit)))
     return noise
 
 

@@ -52,9 +52,7 @@ class Metrics:
 
     def record(self, facts: StepFacts, loss: Tensor, norm: Tensor) -> None:
         """File a step. Nothing is read from the device unless a report is due."""
-        row = self._ring[len(self._facts)]
-        row[0].copy_(loss)
-        row[1].copy_(norm)
+        torch.stack((loss, norm), out=self._ring[len(self._facts)])
         self._facts.append(facts)
         first_or_last = facts.step == self._total or self._reported_at == -math.inf
         if first_or_last or len(self._facts) == _RING or time.monotonic() - self._reported_at >= _REPORT_INTERVAL_S:

@@ -95,8 +95,6 @@ class AdamWStochasticRounding:
     @torch.no_grad()
     def step(self, rate: float, step: int, clipping: Clipping) -> None:
         size = self._buffer.weights.numel()
-        if self._buffer.weights.device.type == "cpu" and not clipping.finite:
-            return
         for start in range(0, size, self._chunk):
             self._step_chunk(slice(start, min(start + self._chunk, size)), rate, step, clipping)
 
@@ -113,8 +111,8 @@ class AdamWStochasticRounding:
         bits = noise_bits(part.start, w.numel(), self._seed, step, w.device)
         for index, (target, value) in enumerate(((weights, w), (first, m), (second, v))):
             rounded = round_stochastically(value, bits, index)
-            # On the CPU `step` has looked at the flag already; elsewhere looking would mean waiting.
-            target.copy_(rounded if w.device.type == "cpu" else torch.where(clipping.finite, rounded, target))
+            # Chosen on the device: to look at the flag here would mean to wait for it.
+            torch.where(clipping.finite, rounded, target, out=target)
 
 
 class OptimiLion:
@@ -157,7 +155,7 @@ def _adamw_bf16(buffer: FlatParameters, seed: int) -> Optimizer:
     if buffer.weights.dtype is not torch.bfloat16:
         return FusedAdamW(buffer, ADAMW_BF16)
     # A chunk's fp32 temporaries fit the cache of a CPU core; a GPU wants few launches instead.
-    chunk = 2**14 if buffer.weights.device.type == "cpu" else 2**24
+    chunk = 2**17 if buffer.weights.device.type == "cpu" else 2**24
     return AdamWStochasticRounding(buffer, ADAMW_BF16, seed=seed, chunk=chunk)
 
 

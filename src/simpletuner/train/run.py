@@ -57,10 +57,29 @@ class Built:
     metrics: Metrics
     resumed_from: str | None
     final_epoch: int
+    started_at: float
+    """When the caches were full, on the monotonic clock."""
+
+    def close(self) -> None:
+        self.loader.close()
+        self.metrics.close()
 
 
 def execute(job: JobDir, reporter: Reporter, requests: RequestReader) -> ExitCode:
     """The whole of a run. Raises UserError and Ended; what it returns is the exit code of a run that ended well."""
+    built = build_run(job, reporter, requests)
+    try:
+        outcome = _loop(built, reporter)
+        if outcome == "completed":
+            _finish(built, reporter, Path(job.read_spec().output_dir))
+    finally:
+        built.close()
+    _say_end(built, reporter, outcome)
+    return ExitCode.DONE if outcome == "completed" else ExitCode.STOPPED
+
+
+def build_run(job: JobDir, reporter: Reporter, requests: RequestReader) -> Built:
+    """Fills the caches and puts the run together, up to its first step. Raises UserError and Ended."""
     spec = job.read_spec()
     values = job.read_config()["config"]
     family_spec = load_spec(values["model_family"])
@@ -75,18 +94,7 @@ def execute(job: JobDir, reporter: Reporter, requests: RequestReader) -> ExitCod
     prompts = plan_prompts(config.validation)
     texts = [prompt.text for prompt in prompts] + [config.validation.validation_negative_prompt]
     inputs = Preparation(config, family, reporter, requests, device).run(texts, job.artifacts)
-    builder = _Builder(config, family, inputs, output_dir, reporter, requests, device)
-    started_at = time.monotonic()
-    built = builder.build()
-    try:
-        outcome = _loop(built, reporter)
-        if outcome == "completed":
-            _finish(built, reporter, output_dir, started_at)
-    finally:
-        built.loader.close()
-        built.metrics.close()
-    _say_end(built, reporter, outcome)
-    return ExitCode.DONE if outcome == "completed" else ExitCode.STOPPED
+    return _Builder(config, family, inputs, output_dir, reporter, requests, device).build()
 
 
 class _Builder:
@@ -113,6 +121,7 @@ class _Builder:
         self._accumulation = config.run.gradient_accumulation_steps
 
     def build(self) -> Built:
+        started_at = time.monotonic()
         config, reporter = self._config, self._reporter
         plan = self._inputs.plan(self._seed)
         total = total_steps(config, plan)
@@ -137,7 +146,7 @@ class _Builder:
         state = self._resume(point, denoiser, update)
         run = self._build_run(denoiser, update, state, metrics, inspection, plan)
         final_epoch = plan.position_after(total * self._accumulation).epoch
-        return Built(run[0], inspection, run[1], metrics, point.folder.name if point else None, final_epoch)
+        return Built(run[0], inspection, run[1], metrics, point.folder.name if point else None, final_epoch, started_at)
 
     def _load_denoiser(self, folder: Path | None) -> nn.Module:
         denoiser = self._family.load_denoiser(folder).to(self._device)
@@ -289,7 +298,7 @@ def _loop(built: Built, reporter: Reporter) -> Outcome:
     return train(built.run)
 
 
-def _finish(built: Built, reporter: Reporter, output_dir: Path, started_at: float) -> None:
+def _finish(built: Built, reporter: Reporter, output_dir: Path) -> None:
     state, inspection = built.run.state, built.inspection
     built.metrics.drain()
     pipeline = inspection.export()
@@ -301,7 +310,7 @@ def _finish(built: Built, reporter: Reporter, output_dir: Path, started_at: floa
     summary = SummaryData(
         steps=state.step,
         samples=state.samples,
-        seconds=round(time.monotonic() - started_at, 3),
+        seconds=round(time.monotonic() - built.started_at, 3),
         memory_peak_bytes=peak_memory_bytes(),
         files=[str(pipeline), str(output_dir / "training_metrics.jsonl")],
     )

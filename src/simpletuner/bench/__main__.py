@@ -1,0 +1,66 @@
+"""`python -m simpletuner.bench [NAME] [--steps N] [--pictures N] [--json]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+NAMES = ("overhead", "loader", "cache")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Prints what was measured; the exit code says nothing about the figures: wall time alone never gates."""
+    parser = argparse.ArgumentParser(prog="simpletuner bench")
+    parser.add_argument("name", nargs="?", choices=NAMES)
+    parser.add_argument("--steps", type=_at_least(2), default=200)
+    parser.add_argument("--pictures", type=_at_least(8), default=64)
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args(words)
+    # These are figures of the CPU, also where there is a GPU; and the model ships in the package.
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+
+    import diffusers
+    import torch
+    import transformers
+
+    from simpletuner.bench import cache, loader, overhead
+    from simpletuner.bench.figure import Measured, as_markdown, circumstances
+    from simpletuner.bench.scene import Scene
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    benchmarks: dict[str, Callable[[Scene], Measured]] = {
+        "overhead": lambda scene: overhead.measure(scene, asked.steps),
+        "loader": lambda scene: loader.measure(scene, asked.steps),
+        "cache": cache.measure,
+    }
+    measured: list[Measured] = []
+    for name in [asked.name] if asked.name else NAMES:
+        with tempfile.TemporaryDirectory(prefix="simpletuner-bench-") as folder:
+            measured.append(benchmarks[name](Scene(Path(folder), asked.pictures)))
+    where = circumstances()
+    if asked.json:
+        print(json.dumps({**where, "measured": [found.as_dict() for found in measured]}, indent=1, ensure_ascii=False))
+    else:
+        print(as_markdown(measured, where))
+    return 0
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more")
+        return number
+
+    return read
+
+
+if __name__ == "__main__":
+    sys.exit(main())

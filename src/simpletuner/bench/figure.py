@@ -1,0 +1,99 @@
+"""A measured figure, and how it is told: as a Markdown table or as JSON."""
+
+from __future__ import annotations
+
+import platform
+import random
+import statistics
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """`limit` is what the contract demands (training.md §10); `is_met` None where there is none."""
+
+    name: str
+    value: float
+    unit: str
+    least: float | None = None
+    most: float | None = None
+    limit: str = ""
+    is_met: bool | None = None
+    note: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class Measured:
+    """What one benchmark found. `details` are counts behind the figures, for JSON only."""
+
+    benchmark: str
+    figures: list[Figure]
+    details: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def lower_bound(ratios: Sequence[float]) -> float:
+    """95 % lower bound of the median of paired ratios, by bootstrap with a fixed seed."""
+    chance = random.Random(0)
+    medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(_RESAMPLES))
+    return medians[int(0.05 * _RESAMPLES)]
+
+
+def circumstances() -> dict[str, str]:
+    """Without which a figure says nothing: device, torch, commit."""
+    return {
+        "device": f"CPU, {_cpu()}, {torch.get_num_threads()} thread(s)",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+
+
+def as_markdown(measured: Sequence[Measured], where: dict[str, str]) -> str:
+    lines = [" · ".join(f"{name}: {value}" for name, value in where.items()), ""]
+    lines += ["| benchmark | figure | value | min – max | must | met | note |", "|---|---|---|---|---|---|---|"]
+    for found in measured:
+        lines += [_row(found.benchmark, figure) for figure in found.figures]
+    return "\n".join(lines)
+
+
+def _row(benchmark: str, figure: Figure) -> str:
+    span = "" if figure.least is None or figure.most is None else f"{figure.least:.4g} – {figure.most:.4g}"
+    met = {None: "", True: "yes", False: "**no**"}[figure.is_met]
+    value = f"{figure.value:.4g} {figure.unit}".strip()
+    return f"| {benchmark} | {figure.name} | {value} | {span} | {figure.limit} | {met} | {figure.note} |"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str:
+    """Of the checkout that the package is in; `-dirty` where tracked files differ from it."""
+    here = Path(__file__).parent
+    is_ours = _git(here, "ls-files", "--error-unmatch", "../__init__.py")
+    return (is_ours and _git(here, "describe", "--always", "--dirty")) or "none"
+
+
+def _git(folder: Path, *words: str) -> str:
+    """What git says; nothing where it fails or is not installed."""
+    try:
+        ran = subprocess.run(["git", *words], cwd=folder, check=False, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return "" if ran.returncode else ran.stdout.strip()
