@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,3 +32,10 @@ def golden(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
         assert text == path.read_text(), f"{path.name} has changed: make goldens docs, and name it in CHANGELOG.md"
 
     return compare
+
+
+@pytest.fixture(autouse=True)
+def whole_numbers() -> None:
+    """A run in this process flushes denormals to zero; the next test starts with all floats again."""
+    if torch := sys.modules.get("torch"):
+        torch.set_flush_denormal(False)
