@@ -18,7 +18,7 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """`limit` is what the contract demands (training.md §10). `is_met`: None without a limit, or where noise hides the answer."""
+    """`limit`: what training.md §10 demands. `is_met`: None without a limit, or where noise hides the answer."""
 
     name: str
     value: float
