@@ -18,11 +18,13 @@ from simpletuner.bench.scene import PRECISIONS, Scene
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def process_as_found() -> Iterator[None]:
+    """One thread; and a run flushes denormals, which the tests of floats do not bear."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+    torch.set_flush_denormal(False)
 
 
 def figures(found: Measured, name: str) -> dict[str, float]:

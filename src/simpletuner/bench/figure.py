@@ -18,7 +18,7 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """`limit` is what the contract demands (training.md §10); `is_met` None where there is none."""
+    """`limit`: what training.md §10 demands. `is_met`: None without a limit, or where noise hides the answer."""
 
     name: str
     value: float
@@ -69,7 +69,7 @@ def as_markdown(measured: Sequence[Measured], where: dict[str, str]) -> str:
 
 def _row(benchmark: str, figure: Figure) -> str:
     span = "" if figure.least is None or figure.most is None else f"{figure.least:.4g} – {figure.most:.4g}"
-    met = {None: "", True: "yes", False: "**no**"}[figure.is_met]
+    met = {None: "unclear" if figure.limit else "", True: "yes", False: "**no**"}[figure.is_met]
     value = f"{figure.value:.4g} {figure.unit}".strip()
     return f"| {benchmark} | {figure.name} | {value} | {span} | {figure.limit} | {met} | {figure.note} |"
 

@@ -71,7 +71,7 @@ def _times(bare: BareLoop, trainer: TrainerLoop, run: Run, precision: Precision,
         least=min(pairs),
         most=max(pairs),
         limit=f"≤ {MAX_RATIO}",
-        is_met=lower <= MAX_RATIO,
+        is_met=False if lower > MAX_RATIO else True if slow / fast <= MAX_RATIO else None,
         note=f"{steps} steps each, batch {BATCH_SIZE}; 95 % lower bound {lower:.4f}",
     )
     yield _step(f"{precision}: bare step", bare_s, "")
