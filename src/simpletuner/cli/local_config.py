@@ -24,10 +24,6 @@ class LocalConfig:
     environment: str | None
     resolution: Resolution
 
-    @property
-    def directories(self) -> Directories:
-        return Directories(self.settings.workspace, self.settings.config_dir)
-
 
 def read_local_config(env: str | None, words: Sequence[str], *, for_start: bool = True) -> LocalConfig:
     """Environment `env` (else by variable) under what `words` set. Raises UserError for an unknown environment."""

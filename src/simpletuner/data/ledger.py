@@ -125,7 +125,7 @@ def _defects(manifest: Manifest) -> dict[DropReason, list[int]]:
     found: dict[DropReason, list[int]] = {}
     for row in sorted(manifest.details):
         reason = manifest.reasons[row]
-        if reason is not None:
+        if reason is not None and reason.is_defect:
             found.setdefault(reason, []).append(row)
     return found
 
