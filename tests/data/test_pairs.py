@@ -131,9 +131,8 @@ def test_defects_of_pairs_stop_the_run(tmp_path: Path) -> None:
     error = stop(manifests)
     assert error.code == "data_defects"
     assert "reference_loose" in " ".join(problem.hint for problem in error.problems if problem.code == "pair_aspect")
-    assert {problem.code for problem in stop(manifests, ignore_missing_files=True).problems if problem.level == "error"} == {
-        "pair_ambiguous", "pair_aspect",
-    }  # fmt: skip
+    left = [problem for problem in stop(manifests, ignore_missing_files=True).problems if problem.level == "error"]
+    assert {problem.code for problem in left} == {"pair_ambiguous", "pair_aspect"}
 
 
 def test_missing_pairs_have_a_code_of_their_own(tmp_path: Path) -> None:
@@ -189,7 +188,7 @@ def two_sets(root: Path) -> dict[str, dict[str, Any]]:
     for number in range(6):
         for folder in ("in", "a", "b", "m"):
             paint(
-                root / f"{folder}/{folder}{number}.png".replace(f"{folder}{number}", str(number)),
+                root / f"{folder}/{number}.png",
                 96,
                 64 + 16 * (number % 2),
             )
