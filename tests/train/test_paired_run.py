@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from typing import Any
 
+import torch
 from tiny_world import TinyWorld
 
-CAPTIONS_OF = {"id": "tiny", "instance_data_dir": "pictures", "resolution": 64, "conditioning_data": ["edges", "mask"]}
+from simpletuner.families.base import build_family
+from simpletuner.families.registry import load_spec
+from simpletuner.train.inputs import Preparation
+from simpletuner.train.report import Reporter
+from simpletuner.train.requests import RequestReader
+
+TARGETS = {"id": "tiny", "instance_data_dir": "pictures", "resolution": 64, "conditioning_data": ["edges", "mask"]}
 
 
 def paired(world: TinyWorld) -> None:
-    world.entries = [CAPTIONS_OF]
+    world.entries = [TARGETS]
     for name, kind in (("edges", "reference_strict"), ("mask", "mask")):
         shutil.copytree(world.pictures, world.root / name)
         world.entries.append({"id": name, "conditioning_type": kind, "instance_data_dir": name, "resolution": 64})
@@ -44,3 +52,27 @@ def test_a_missing_pair_ends_before_a_model_loads(world: TinyWorld) -> None:
     stages = {event["stage"]["key"] for event in ran.of_type("lifecycle.stage")}
     assert not stages & {"init_text_embed_cache", "init_vae_cache", "init_load_base_model"}
     assert world.run(ignore_missing_files=True, max_train_steps=1).code == 0
+
+
+def test_references_for_validation(world: TinyWorld) -> None:
+    paired(world)
+    world.entries[1]["conditioning_type"] = "reference_loose"
+    config = world.resolve().require()
+    job = world.job()
+    journal = job.open_journal()
+    try:
+        family = build_family(config, load_spec("pixart_sigma"))
+        parts = (Reporter(journal, job.artifacts), RequestReader(job), torch.device("cpu"))
+        inputs = Preparation(config, family, *parts).run([], job.artifacts)
+    finally:
+        journal.close()
+    references = inputs.validation_references("tiny", 3)
+    paths = inputs.manifests["tiny"].paths[:3]
+    assert [reference.sample for reference in references] == [f"tiny/{path}" for path in paths]
+    for reference in references:
+        (latents,), (size,) = reference.latents, reference.sizes
+        assert latents.shape == (4, size[1] // 8, size[0] // 8) and reference.target == size
+    before = inputs.fingerprint()
+    manifest = inputs.manifests["tiny"]
+    inputs.manifests["tiny"] = replace(manifest, mates=manifest.mates[:1])
+    assert inputs.fingerprint() != before
