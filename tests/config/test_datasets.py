@@ -18,7 +18,7 @@ ENTRY_MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"probability": "inf"}, "probability", "bad_value"),
     ({"caption_dropout_probability": 1.1}, "caption_dropout_probability", "bad_value"),
     ({"dataset_type": "imag"}, "dataset_type", "bad_choice"),
-    ({"dataset_type": "conditioning"}, "dataset_type", "option_not_supported_yet"),
+    ({"conditioning_type": "controlnet"}, "conditioning_type", "option_not_supported_yet"),
     ({"type": "aws"}, "type", "option_not_supported_yet"),
     ({"type": "lokal"}, "type", "bad_choice"),
     ({"id": "a/b"}, "id", "bad_value"),
@@ -142,6 +142,66 @@ def test_a_key_left_out_or_null_takes_the_option(place: Place) -> None:
 def test_values_may_be_text(place: Place) -> None:
     entry = place.with_datasets([place.entry(crop="True", repeats="2", resolution="512")]).require().image_datasets[0]
     assert (entry.crop, entry.repeats, entry.resolution) == (True, 2, 512)
+
+
+def conditioned(place: Place, *, data: Any = "mates", **keys: Any) -> list[dict[str, Any]]:
+    (place.workspace / "mates").mkdir(exist_ok=True)
+    mates = {"id": "mates", "dataset_type": "conditioning", "instance_data_dir": "mates"}
+    return [place.entry(conditioning_data=data), mates | keys]
+
+
+def test_conditioning_sets(place: Place) -> None:
+    config = place.with_datasets(conditioned(place)).require()
+    assert config.image_datasets[0].conditioning_data == ["mates"]
+    (mates,) = config.conditioning_datasets
+    assert (mates.conditioning_type, mates.caption_strategy) == ("reference_loose", None)
+    forced = place.with_datasets(conditioned(place, dataset_type="image", conditioning_type="mask"))
+    assert forced.require().conditioning_datasets[0].conditioning_type == "mask"
+    found = place.with_datasets(conditioned(place, caption_strategy="textfile", repeats=3))
+    told = {f"/datasets/1/{key}": "option_no_effect" for key in ("caption_strategy", "repeats")}
+    assert (errors(found), warnings(found)) == ({}, told)
+    assert place.with_datasets(conditioned(place, caption_strategy=None)).warnings == []
+    found = place.with_datasets([place.entry(), conditioned(place)[1]])
+    assert warnings(found) == {"/datasets/1": "option_no_effect"}
+
+
+LINKS: list[tuple[Any, str, dict[str, Any]]] = [
+    ("mate", "unknown_conditioning", {}),
+    ("pictures", "unknown_conditioning", {}),
+    ("mates", "unknown_conditioning", {"disabled": True}),
+    (["mates", "mates"], "bad_conditioning", {}),
+]
+
+
+@pytest.mark.parametrize(("data", "code", "keys"), LINKS)
+def test_links_to_conditioning_sets(place: Place, data: Any, code: str, keys: dict[str, Any]) -> None:
+    found = place.with_datasets(conditioned(place, data=data, **keys))
+    assert errors(found) == {"/datasets/0/conditioning_data": code}
+    if data == "mate":
+        assert only(found.errors).hint.startswith("Did you mean 'mates'?")
+
+
+def test_one_mask_a_dataset(place: Place) -> None:
+    entries = conditioned(place, data=["mates", "more"], conditioning_type="mask")
+    more = entries[1] | {"id": "more", "instance_data_dir": "more", "conditioning_type": "segmentation"}
+    found = place.with_datasets([*entries, more])
+    assert errors(found) == {"/datasets/0/conditioning_data": "bad_conditioning"}
+
+
+def test_files_without_a_mate_warn(place: Place) -> None:
+    entries = conditioned(place)
+    for name in ("pictures/a.png", "pictures/b.png", "pictures/deep/c.png", "mates/b.jpg", "mates/b.webp"):
+        (place.workspace / name).parent.mkdir(exist_ok=True)
+        (place.workspace / name).touch()
+    (place.workspace / "mates/deep").mkdir()
+    (place.workspace / "mates/deep/c.jpg").touch()
+    found = place.with_datasets(entries)
+    assert [(problem.code, problem.pointer) for problem in found.warnings] == [
+        ("pair_missing", "/datasets/0/conditioning_data"),
+        ("pair_ambiguous", "/datasets/0/conditioning_data"),
+    ]
+    assert "a.png" in found.warnings[0].message and "b.jpg or b.webp" in found.warnings[1].message
+    assert place.resolve(for_start=True).ok, "files are counted again, as errors, before a model is loaded"
 
 
 def test_captions_of_held_out_pictures_are_not_dropped(place: Place) -> None:

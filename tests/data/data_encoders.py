@@ -20,7 +20,7 @@ class PoolEncoder:
         self.batches: list[tuple[int, ...]] = []
         self.mix = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0.3, 0.3, 0.3]])
 
-    def encode(self, pixels_BCHW: Tensor, keys: Sequence[str]) -> list[Tensor]:
+    def encode(self, pixels_BCHW: Tensor, keys: Sequence[str], *, sample: bool) -> list[Tensor]:
         assert pixels_BCHW.dtype is torch.uint8 and len(pixels_BCHW) == len(keys)
         self.seen += keys
         self.batches.append(tuple(pixels_BCHW.shape))
@@ -29,7 +29,7 @@ class PoolEncoder:
         noise = torch.stack(
             [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(key_seed(key))) for key in keys]
         )
-        return list((mean + 0.01 * noise).to(self.dtype))
+        return list((mean + 0.01 * noise * sample).to(self.dtype))
 
 
 class LetterEncoder:

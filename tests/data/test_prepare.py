@@ -52,7 +52,7 @@ def encoded(manifest: Manifest, cache: Path, encoder: PoolEncoder | None = None)
 def expected_latent(manifest: Manifest, row: int) -> Tensor:
     content = (Path(manifest.dataset.instance_data_dir) / manifest.paths[row]).read_bytes()
     pixels = torch.tensor(decode_picture(content, manifest.plan(row))).permute(2, 0, 1)[None]
-    return PoolEncoder().encode(pixels, [latent_key(manifest, row, PoolEncoder().fingerprint)])[0]
+    return PoolEncoder().encode(pixels, [latent_key(manifest, row, PoolEncoder().fingerprint)], sample=True)[0]
 
 
 def check_latents(manifest: Manifest, cache: Path) -> None:
@@ -172,10 +172,10 @@ def test_stop_keeps_what_was_encoded(root: Path, tmp_path: Path) -> None:
 
 def test_an_encoder_that_fails_loses_nothing_and_leaves_no_thread(root: Path, tmp_path: Path) -> None:
     class Failing(PoolEncoder):
-        def encode(self, pixels_BCHW: Tensor, keys: Sequence[str]) -> list[Tensor]:
+        def encode(self, pixels_BCHW: Tensor, keys: Sequence[str], *, sample: bool) -> list[Tensor]:
             if len(self.batches) == 2:
                 raise MemoryError("third batch")
-            return super().encode(pixels_BCHW, keys)
+            return super().encode(pixels_BCHW, keys, sample=sample)
 
     before = threading.active_count()
     with pytest.raises(MemoryError):
@@ -221,10 +221,10 @@ def test_readers_stay_a_bounded_way_ahead(tmp_path: Path, monkeypatch: pytest.Mo
     ahead: list[int] = []
 
     class Slow(PoolEncoder):
-        def encode(self, pixels_BCHW: Tensor, keys: Sequence[str]) -> list[Tensor]:
+        def encode(self, pixels_BCHW: Tensor, keys: Sequence[str], *, sample: bool) -> list[Tensor]:
             time.sleep(0.005)
             ahead.append(len(decoded) - len(self.seen))
-            return super().encode(pixels_BCHW, keys)
+            return super().encode(pixels_BCHW, keys, sample=sample)
 
     encode_latents(manifest, CacheStore(tmp_path / "c"), Slow())
     assert max(ahead) <= 4 + 4 + 1

@@ -186,10 +186,12 @@ def test_latents_are_posterior_samples_of_their_key(family: PixArtSigma) -> None
     encoder = family.load_picture_encoder(torch.device("cpu"))
     pixels = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     keys = ["0" * 63 + "1", "f" * 64]
-    both = encoder.encode(pixels, keys)
+    both = encoder.encode(pixels, keys, sample=True)
     assert both[0].shape == (4, 8, 8)
-    assert torch.allclose(encoder.encode(pixels[1:], keys[1:])[0], both[1], atol=1e-6)
-    assert not torch.allclose(encoder.encode(pixels[:1], keys[1:])[0], both[0])
+    assert torch.allclose(encoder.encode(pixels[1:], keys[1:], sample=True)[0], both[1], atol=1e-6)
+    assert not torch.allclose(encoder.encode(pixels[:1], keys[1:], sample=True)[0], both[0])
+    modes = [encoder.encode(pixels, names, sample=False) for names in (keys, keys[::-1])]
+    assert all(torch.equal(*pair) for pair in zip(*modes, strict=True)) and not torch.allclose(modes[0][0], both[0])
 
 
 def test_the_fingerprints_follow_files_and_settings(shared: TinyWorld, tmp_path: Path, family: PixArtSigma) -> None:

@@ -34,7 +34,10 @@ def ledger(
     request = {
         "alignment": config.data.aspect_bucket_alignment,
         "ignore_missing_files": config.data.ignore_missing_files,
-        "datasets": [entry.model_dump(mode="json") for entry in (*config.image_datasets, *config.eval_datasets)],
+        "datasets": [
+            entry.model_dump(mode="json")
+            for entry in (*config.image_datasets, *config.eval_datasets, *config.conditioning_datasets)
+        ],
     }
     # Scanning belongs to the training world: it is asked through its process, not imported.
     scan = subprocess.run(

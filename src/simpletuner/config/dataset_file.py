@@ -10,12 +10,14 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from simpletuner.config.dataset_options import (
+    FOLLOWS_SOURCE,
     INHERITED,
     KNOWN_DATASET_TYPES,
     KNOWN_TYPES,
     LATER_KEYS,
     MODELS,
     NO_EFFECT_KEYS,
+    dataset_kind,
 )
 from simpletuner.config.directories import Directories, expand_placeholders
 from simpletuner.config.json_text import duplicate_problems, read_json
@@ -87,7 +89,10 @@ class _EntryReader:
             self._fail("bad_dataset", "A dataset is an object.", "")
             return None
         written = self._expand(cast(dict[str, Any], entry))
-        kind = str(written.get("dataset_type", "image"))
+        kind = dataset_kind(written)
+        if written.get("conditioning_type") == "controlnet":
+            self._refuse("controlnet", ("controlnet",), "conditioning_type")
+            return None
         if not self._check_kinds(kind, str(written.get("type", "local"))):
             return None
         model = MODELS[kind]
@@ -96,6 +101,8 @@ class _EntryReader:
         if "disable" in values:
             values["disabled"] = values.pop("disable")
         self._parse_booleans(values)
+        if kind == "conditioning":
+            values = self._follow_source(values) | {"dataset_type": kind}
         self._fill(values, set(model.model_fields))
         try:
             return model.model_validate(values).model_dump(mode="json")
@@ -160,11 +167,20 @@ class _EntryReader:
             else:
                 values[key] = parsed
 
+    def _follow_source(self, values: dict[str, Any]) -> dict[str, Any]:
+        for key in [key for key in FOLLOWS_SOURCE if key in values]:
+            message = f"{key!r} has no effect: a conditioning set follows the dataset that names it."
+            self._note("option_no_effect", message, "", key, Level.WARNING)
+        return {key: value for key, value in values.items() if key not in FOLLOWS_SOURCE}
+
     def _fill(self, values: dict[str, Any], fields: set[str]) -> None:
         if values.get("dataset_type") == "eval":
             # A held-out loss is of the pictures as they are described: captions are not dropped unless asked for.
             values.setdefault("caption_dropout_probability", 0.0)
+        is_conditioning = values.get("dataset_type") == "conditioning"
         for key in INHERITED:
+            if is_conditioning and key in FOLLOWS_SOURCE:
+                continue
             if key in fields and key not in values and self._options.get(key) is not None:
                 values[key] = self._options[key]
         name = str(values.get("id", ""))

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, NonNegativeInt, PositiveFloat, PositiveInt, Tag
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+)
 
 ResolutionType = Literal["pixel_area", "area", "pixel"]
 CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "instance_prompt", "parquet"]
 CropStyle = Literal["random", "center", "centre", "corner"]
 CropAspect = Literal["square", "preserve", "closest", "random"]
+ConditioningType = Literal["reference_strict", "reference_loose", "mask", "segmentation"]
 
 
 class _Entry(BaseModel):
@@ -131,14 +142,38 @@ class PictureDataset(_Entry):
     """Decimals of the aspect ratio that makes a bucket."""
 
 
-class ImageDataset(PictureDataset):
+def _listed(value: Any) -> Any:
+    """One id may be written without its list."""
+    return [value] if isinstance(value, str) else value
+
+
+class TargetDataset(PictureDataset):
+    """Pictures that a loss is of; each may have mates in conditioning sets."""
+
+    conditioning_data: Annotated[list[str], BeforeValidator(_listed)] = Field(default_factory=list[str])
+    """Id, or ids, of the conditioning sets whose pictures of the same path belong to these."""
+
+
+class ImageDataset(TargetDataset):
     dataset_type: Literal["image"] = "image"
 
 
-class EvalDataset(PictureDataset):
+class EvalDataset(TargetDataset):
     """Pictures that are never trained on: their loss on fixed noise is the held-out loss."""
 
     dataset_type: Literal["eval"] = "eval"
+
+
+class ConditioningDataset(PictureDataset):
+    """Reference pictures or masks, paired with the pictures of the datasets that name it. It has no captions."""
+
+    dataset_type: Literal["conditioning"] = "conditioning"
+
+    conditioning_type: ConditioningType = "reference_loose"
+    """`reference_strict`, `mask` and `segmentation` are cut as their target is; `reference_loose` by its own keys."""
+
+    caption_strategy: CaptionStrategy | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Always null: the caption of the picture that it belongs to is used."""
 
 
 class TextEmbeds(_Entry):
@@ -160,6 +195,8 @@ class TextEmbeds(_Entry):
 def dataset_kind(entry: Any) -> str:
     """The tag of the union: an entry that does not say is a picture dataset."""
     if isinstance(entry, dict):
+        if entry.get("conditioning_type"):  # pyright: ignore[reportUnknownMemberType]
+            return "conditioning"
         return str(entry.get("dataset_type", "image"))  # pyright: ignore[reportUnknownMemberType,reportUnknownArgumentType]
     return entry.dataset_type
 
@@ -167,13 +204,15 @@ def dataset_kind(entry: Any) -> str:
 Dataset = Annotated[
     Annotated[ImageDataset, Tag("image")]
     | Annotated[EvalDataset, Tag("eval")]
+    | Annotated[ConditioningDataset, Tag("conditioning")]
     | Annotated[TextEmbeds, Tag("text_embeds")],
     Discriminator(dataset_kind),
 ]
 
-MODELS: dict[str, type[ImageDataset] | type[EvalDataset] | type[TextEmbeds]] = {
+MODELS: dict[str, type[ImageDataset] | type[EvalDataset] | type[ConditioningDataset] | type[TextEmbeds]] = {
     "image": ImageDataset,
     "eval": EvalDataset,
+    "conditioning": ConditioningDataset,
     "text_embeds": TextEmbeds,
 }
 
@@ -196,6 +235,13 @@ INHERITED = (
 )
 """Keys whose missing value is the option of the same name."""
 
+FOLLOWS_SOURCE = (
+    "minimum_image_size", "max_upscale_threshold", "minimum_aspect_ratio", "maximum_aspect_ratio", "max_num_samples",
+    "caption_strategy", "instance_prompt", "prepend_instance_prompt", "only_instance_prompt",
+    "disable_multiline_split", "caption_dropout_probability", "repeats", "probability",
+)  # fmt: skip
+"""Keys without effect in a conditioning set: which pictures are used, how often and with which caption."""
+
 KNOWN_TYPES = ("local", "huggingface", "aws", "csv", "webshart", "memory")
 KNOWN_DATASET_TYPES = (
     "image", "eval", "text_embeds", "conditioning", "image_embeds", "caption",
@@ -214,7 +260,7 @@ NO_EFFECT_KEYS: dict[str, str] = {
 
 LATER_KEYS = frozenset(
     {
-        "conditioning_data", "conditioning_type", "caption_shuffle", "caption_filter_list", "train_batch_size",
+        "caption_shuffle", "caption_filter_list", "train_batch_size",
         "start_step", "start_epoch", "end_step", "end_epoch", "is_regularisation_data", "timestep_sampling_offset",
         "source_dataset_id", "text_embeds", "skip_file_discovery", "vae_cache_ondemand", "text_cache_ondemand",
         "vae_cache_disable", "text_cache_disable", "scan_for_errors", "disable_validation",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.config.directories import Directories
+from simpletuner.config.pairing import check_pairs
 from simpletuner.config.prompt import parse_resolutions
 from simpletuner.errors import Level, Problem, UserError
 from simpletuner.families.spec import Capability, FamilySpec
@@ -280,6 +281,10 @@ def _datasets(at: Situation) -> Iterator[Problem]:
         yield from _entry(place, entry)
 
 
+def _pairs(at: Situation) -> Iterator[Problem]:
+    yield from check_pairs(at.datasets, at.pointers)
+
+
 def _entry(pointer: str, entry: dict[str, Any]) -> Iterator[Problem]:
     strategy = entry["caption_strategy"]
     needs_prompt = (
@@ -331,6 +336,7 @@ _RULES: tuple[tuple[Callable[[Situation], Iterator[Problem]], tuple[str, ...]], 
     (_validation_sizes, ("validation_resolution",)),
     (_warmup, ("max_train_steps", "lr_warmup_steps")),
     (_datasets, ()),
+    (_pairs, ("datasets",)),
     (_places, ("output_dir",)),
 )  # fmt: skip
 """Each rule and the options it rests on."""

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, SerializeAsAny
 
-from simpletuner.config.dataset_options import Dataset, EvalDataset, ImageDataset, TextEmbeds
+from simpletuner.config.dataset_options import ConditioningDataset, Dataset, EvalDataset, ImageDataset, TextEmbeds
 from simpletuner.config.model_options import AdapterOptions, ModelOptions, PrecisionOptions
 from simpletuner.config.option import OptionField, OptionGroup, fields_of
 from simpletuner.config.publishing_options import PublishingOptions
@@ -77,6 +77,12 @@ class TrainConfig(BaseModel):
     @property
     def eval_datasets(self) -> list[EvalDataset]:
         return [entry for entry in self.datasets if isinstance(entry, EvalDataset) and not entry.disabled]
+
+    @property
+    def conditioning_datasets(self) -> list[ConditioningDataset]:
+        """Those that a dataset in use names, in file order."""
+        used = {name for entry in (*self.image_datasets, *self.eval_datasets) for name in entry.conditioning_data}
+        return [entry for entry in self.datasets if isinstance(entry, ConditioningDataset) and entry.id in used]
 
     @property
     def text_embeds(self) -> TextEmbeds:

@@ -123,6 +123,9 @@ class LossOptions(OptionGroup):
     caption_dropout_probability: Annotated[Share, Ui(tab="training", order=46)] = 0.1
     """Chance, per visit, that the empty caption is used."""
 
+    masked_loss_probability: Annotated[Share, Ui(tab="training", order=47)] = 1.0
+    """Chance, per visit, that a sample's mask weighs its loss."""
+
 
 class CheckpointOptions(OptionGroup):
     checkpoint_step_interval: Annotated[NonNegativeInt, Ui(tab="training", order=50)] = 500
@@ -182,12 +185,12 @@ class DataOptions(OptionGroup):
     """Use `instance_prompt` in place of each caption."""
 
     conditioning_multidataset_sampling: Annotated[
-        Literal["random", "combined"], Ui(tab="data", order=24, later=True)
+        Literal["random", "combined"], Ui(tab="data", order=24)
     ] = "random"  # fmt: skip
-    """Which of several conditioning sets a sample uses."""
+    """Of several conditioning sets one per visit, or all as separate references."""
 
     ignore_missing_files: Annotated[bool, Ui(tab="data", order=25)] = False
-    """Go on without the pictures whose caption is missing."""
+    """Go on without the pictures whose caption or mate is missing."""
 
     data_backend_sampling: Annotated[Literal["auto-weighting", "uniform"], Ui(tab="data", order=26)] = "auto-weighting"
     """Whether a dataset's size counts when the next batch's dataset is drawn."""

@@ -74,6 +74,8 @@ class Captions:
         return tuple(f"{prompt} {caption}" for prompt in self._prompts for caption in found)
 
     def _own(self, path: str) -> Variants | CaptionDefect:
+        if self._strategy == "source":
+            return ("",)
         if self._strategy == "filename":
             return (stem_of(path).replace("_", " "),)
         if self._strategy == "textfile":
@@ -104,7 +106,7 @@ def effective_strategy(dataset: PictureDataset) -> str:
     """The strategy that acts: with `only_instance_prompt` no caption of the picture's own is looked for."""
     if dataset.only_instance_prompt or dataset.caption_strategy == "instance_prompt":
         return "instanceprompt"
-    return dataset.caption_strategy
+    return dataset.caption_strategy or "source"
 
 
 def caption_source(dataset: PictureDataset, path: str) -> str:

@@ -17,6 +17,9 @@ from simpletuner.data.keys import digest, u
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
+Bucket = tuple[int, ...]
+"""(width, height) of the target; where loose references have sizes of their own, theirs follow in order."""
+
 Ratio = tuple[int, int]
 """Numerator and denominator, not reduced: a Fraction would cost more than all the rest of a plan."""
 
@@ -31,10 +34,22 @@ class DropReason(StrEnum):
     UNREADABLE = "unreadable"
     CAPTION_MISSING = "caption_missing"
     CAPTION_UNREADABLE = "caption_unreadable"
+    PAIR_MISSING = "pair_missing"
+    PAIR_AMBIGUOUS = "pair_ambiguous"
+    PAIR_ASPECT = "pair_aspect"
+    UNPAIRED = "unpaired"
 
     @property
     def is_defect(self) -> bool:
-        return self in (DropReason.UNREADABLE, DropReason.CAPTION_MISSING, DropReason.CAPTION_UNREADABLE)
+        return self.is_of_pair or self in (
+            DropReason.UNREADABLE,
+            DropReason.CAPTION_MISSING,
+            DropReason.CAPTION_UNREADABLE,
+        )
+
+    @property
+    def is_of_pair(self) -> bool:
+        return self in (DropReason.PAIR_MISSING, DropReason.PAIR_AMBIGUOUS, DropReason.PAIR_ASPECT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +72,11 @@ class ResizePlan:
         return f"lanczos {self.resized[0]}x{self.resized[1]} box {','.join(map(str, self.box))}"
 
 
-def bucket_name(target: Size) -> str:
-    """`1.54 (1280x832)`: how a bucket is shown."""
-    width, height = target
-    return f"{round(width / height, 2)} ({width}x{height})"
+def bucket_name(bucket: Bucket) -> str:
+    """`1.54 (1280x832)`, with `+ 1024x1024` for a loose reference: how a bucket is shown."""
+    width, height, *others = bucket
+    references = "".join(f" + {w}x{h}" for w, h in zip(others[::2], others[1::2], strict=True))
+    return f"{round(width / height, 2)} ({width}x{height}){references}"
 
 
 def plan_resize(

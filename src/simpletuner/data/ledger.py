@@ -26,6 +26,10 @@ _MENDS = {
     DropReason.UNREADABLE: "Replace or remove the broken files.",
     DropReason.CAPTION_MISSING: "Write the captions, choose another `caption_strategy`, or set `ignore_missing_files`.",
     DropReason.CAPTION_UNREADABLE: "Save the caption files as UTF-8.",
+    DropReason.PAIR_MISSING: "Add the files (same path under the root, any extension), or set `ignore_missing_files`.",
+    DropReason.PAIR_AMBIGUOUS: "Keep one file of each name.",
+    DropReason.PAIR_ASPECT: "Set `conditioning_type` to `reference_loose`, or bring pictures of the same aspect.",
+    DropReason.UNPAIRED: "Give the files the paths of the pictures that they belong to.",
 }
 
 
@@ -48,7 +52,7 @@ def ledger_row(manifest: Manifest, row: int) -> dict[str, Any]:
         "variants": len(variants),
         "tokens": None if captions.tokens is None or not variants else int(captions.tokens[variants].max()),
         "truncated": None if captions.truncated is None else bool(captions.truncated[variants].any()),
-        "pairs": [],
+        "pairs": _pairs(manifest, row),
         "bytes": int(manifest.num_bytes[row]),
         "content_hash": content.hex() if any(content) else None,
     }  # fmt: skip
@@ -61,6 +65,10 @@ def ledger_row(manifest: Manifest, row: int) -> dict[str, Any]:
     if row in manifest.details:
         line["detail"] = manifest.details[row]
     return line
+
+
+def _pairs(manifest: Manifest, row: int) -> list[dict[str, str]]:
+    return [{"dataset": mates.dataset.id, "path": mates.paths[row]} for mates in manifest.mates if mates.paths[row]]
 
 
 def write_ledger(manifest: Manifest, path: Path) -> None:
@@ -79,7 +87,7 @@ def dataset_report(manifest: Manifest) -> dict[str, Any]:
         "found": len(manifest),
         "kept": len(manifest.kept),
         "dropped": dict(sorted(dropped.items())),
-        "buckets": {bucket_name(target): len(members) for target, members in manifest.buckets().items()},
+        "buckets": {bucket_name(bucket): len(members) for bucket, members in manifest.buckets().items()},
         "truncated": 0 if truncated is None else _count_truncated(manifest),
     }
 
@@ -104,7 +112,8 @@ def check_defects(manifests: Sequence[Manifest], *, ignore_missing_files: bool =
     for manifest in manifests:
         for reason, rows in _defects(manifest).items():
             few = reason is DropReason.UNREADABLE and len(rows) * 100 <= len(manifest)
-            if few or ignore_missing_files:
+            waived = ignore_missing_files and reason not in (DropReason.PAIR_AMBIGUOUS, DropReason.PAIR_ASPECT)
+            if few or waived:
                 warnings.append(_warning(manifest, reason, rows))
                 continue
             num_defects += len(rows)
@@ -112,8 +121,9 @@ def check_defects(manifests: Sequence[Manifest], *, ignore_missing_files: bool =
         warnings += _stretched(manifest)
     if not errors:
         return warnings
+    only_pairs = {problem.code for problem in errors} <= {reason.value for reason in DropReason if reason.is_of_pair}
     raise UserError(
-        "data_defects",
+        errors[0].code if only_pairs else "data_defects",
         f"{num_defects} file(s) cannot be trained on; the first: {errors[0].message}",
         hint=errors[0].hint,
         exit_code=ExitCode.DATA,
@@ -140,7 +150,9 @@ def _warning(manifest: Manifest, reason: DropReason, rows: Sequence[int]) -> Pro
 
 
 def _stretched(manifest: Manifest) -> list[Problem]:
-    """Beyond 10 % a picture visibly changes its shape."""
+    """Beyond 10 % a picture visibly changes its shape. A mate that is cut as its target is has that one's warning."""
+    if manifest.kind != "latents" and not manifest.is_loose:
+        return []
     stretch = manifest.scales[manifest.kept, 1]
     rows = manifest.kept[np.maximum(stretch, 1 / stretch) > 1.1]
     if not len(rows):

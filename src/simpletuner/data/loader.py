@@ -1,6 +1,6 @@
 """Batches from the caches, in the order of the epoch plan. training.md §3.7, §10.2.
 
-Legend: B samples, C H W latent, L tokens, D width of the embedding.
+Legend: B samples, C H W latent (a reference's may be of another size), L tokens, D width of the embedding.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import Tensor
 from simpletuner.data.cache import CacheStore, CorruptEntry, Entry
 from simpletuner.data.captions import choose_caption
 from simpletuner.data.geometry import Size
+from simpletuner.data.keys import below, u
 from simpletuner.data.manifest import Manifest
 from simpletuner.data.plan import START, EpochPlan, Group, Position
 from simpletuner.data.plan import Entry as Use
-from simpletuner.data.prepare import LATENTS, latent_key, text_key
+from simpletuner.data.prepare import LATENTS, MASK, latent_key, text_key
 from simpletuner.errors import ExitCode, UserError
 
 CollateText = Callable[[Sequence[Entry]], dict[str, Tensor]]
@@ -43,13 +44,29 @@ class Batch:
     position: Position
     next_position: Position
     """Where a run goes on that has used this batch."""
+    references: tuple[Tensor, ...] = ()
+    """Latents B×C×H×W of each reference, in the order of `conditioning_data`."""
+    mask_BHW: Tensor | None = None
+    """Weight of each latent in the loss."""
     is_last_micro: bool = True
     """Whether the optimizer steps after it."""
 
     def to(self, device: torch.device) -> Batch:
         """On the device. Does not wait for the copy where the batch is pinned."""
-        text = {name: tensor.to(device, non_blocking=True) for name, tensor in self.text.items()}
-        return replace(self, latents_BCHW=self.latents_BCHW.to(device, non_blocking=True), text=text)
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """For copies to a GPU that nobody waits for."""
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            latents_BCHW=move(self.latents_BCHW),
+            text={name: move(tensor) for name, tensor in self.text.items()},
+            references=tuple(map(move, self.references)),
+            mask_BHW=None if self.mask_BHW is None else move(self.mask_BHW),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +76,21 @@ class LatentSource:
     manifest: Manifest
     store: CacheStore
     fingerprint: str
+    mates: tuple[LatentSource, ...] = ()
+    """References and mask, in the order of `manifest.mates`."""
+
+    def read(self, rows: Sequence[int]) -> list[Tensor]:
+        """The latents CHW of the rows. Raises CorruptEntry, or UserError `cache_entry_missing`."""
+        keys = [latent_key(self.manifest, row, self.fingerprint) for row in rows]
+        return [entry[LATENTS] for entry in _get(self.store, keys)]
+
+    @property
+    def references(self) -> list[LatentSource]:
+        return [mates for mates in self.mates if mates.manifest.kind != MASK]
+
+    @property
+    def mask(self) -> LatentSource | None:
+        return next((mates for mates in self.mates if mates.manifest.kind == MASK), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +126,20 @@ class BatchReader:
         seed: int,
         collate_text: CollateText = collate_prompts,
         pin_memory: bool = False,
+        combined: bool = False,
+        mask_probability: float = 1.0,
     ) -> None:
-        """`latents` by dataset id; `pin_memory`: for copies to a GPU that nobody waits for."""
+        """`latents` by dataset id; `combined`: all references of a sample, not one a visit."""
+        self._combined = combined
+        self._mask_probability = mask_probability
         self._latents = latents
         self._text = text
         self._seed = seed
         self._collate_text = collate_text
         self._pin_memory = pin_memory
 
-    def read(self, group: Group, uses: Sequence[Use]) -> Batch:
-        """The batch of `uses`, all of the group's dataset and bucket.
+    def read(self, group: Group, uses: Sequence[Use], *, held_out: bool = False) -> Batch:
+        """The batch of `uses`, all of the group's dataset and bucket. `held_out`: all references, every mask.
 
         Raises CorruptEntry, or UserError `cache_entry_missing`.
         """
@@ -111,29 +147,66 @@ class BatchReader:
         manifest = source.manifest
         samples = tuple(manifest.sample(use.sample) for use in uses)
         captions = tuple(self._caption(manifest, use, sample) for use, sample in zip(uses, samples, strict=True))
-        latents = _get(source.store, [latent_key(manifest, use.sample, source.fingerprint) for use in uses])
+        rows = [use.sample for use in uses]
         texts = _get(self._text.store, [text_key(caption, self._text.fingerprint) for caption in captions])
-        latents_BCHW = torch.stack([entry[LATENTS] for entry in latents])
-        text = self._collate_text(texts)
-        if self._pin_memory:
-            latents_BCHW, text = latents_BCHW.pin_memory(), {name: tensor.pin_memory() for name, tensor in text.items()}
-        return Batch(
-            latents_BCHW=latents_BCHW,
-            text=text,
+        chosen = None if self._combined or held_out else self._chosen_references(group, source, uses)
+        batch = Batch(
+            latents_BCHW=torch.stack(source.read(rows)),
+            text=self._collate_text(texts),
+            references=_references(source, rows, chosen),
+            mask_BHW=self._mask(source, uses, samples, held_out=held_out),
             samples=samples,
             visits=tuple(use.visit for use in uses),
             captions=captions,
             dataset_id=group.dataset_id,
-            target=group.bucket,
+            target=(group.bucket[0], group.bucket[1]),
             position=group.position,
             next_position=group.next_position,
         )
+        return batch.pinned() if self._pin_memory else batch
+
+    def _chosen_references(self, group: Group, source: LatentSource, uses: Sequence[Use]) -> list[int] | None:
+        """Of several sets the one that each visit uses. Where sets differ in size, a group's first visit speaks for
+        all of it: one micro-batch has one shape, whatever the ranks."""
+        references = source.references
+        if len(references) < 2:
+            return None
+        targets = {_size(mates, uses[0].sample) for mates in references}
+        deciding = uses if len(targets) == 1 else [group.entries[0]] * len(uses)
+        names = [source.manifest.sample(use.sample) for use in deciding]
+        return [
+            below(len(references), "cond", self._seed, name, use.visit)
+            for name, use in zip(names, deciding, strict=True)
+        ]
+
+    def _mask(
+        self, source: LatentSource, uses: Sequence[Use], samples: Sequence[str], *, held_out: bool
+    ) -> Tensor | None:
+        if source.mask is None:
+            return None
+        masks = [mask_1HW[0] for mask_1HW in source.mask.read([use.sample for use in uses])]
+        for place, (use, sample) in enumerate(zip(uses, samples, strict=True)):
+            if not held_out and u("mask", self._seed, sample, use.visit) >= self._mask_probability:
+                masks[place] = torch.ones_like(masks[place])
+        return torch.stack(masks)
 
     def _caption(self, manifest: Manifest, use: Use, sample: str) -> str:
         variants = manifest.captions.of(use.sample)
         dropout = manifest.dataset.caption_dropout_probability
         choice = choose_caption(len(variants), dropout, seed=self._seed, sample=sample, visit=use.visit)
         return "" if choice.is_dropped else manifest.captions.texts[variants[choice.variant]]
+
+
+def _size(mates: LatentSource, row: int) -> Size | None:
+    return mates.manifest.target(row)
+
+
+def _references(source: LatentSource, rows: Sequence[int], chosen: Sequence[int] | None) -> tuple[Tensor, ...]:
+    """All references, or of each row the chosen one."""
+    if chosen is None:
+        return tuple(torch.stack(mates.read(rows)) for mates in source.references)
+    sets = source.references
+    return (torch.stack([sets[which].read([row])[0] for row, which in zip(rows, chosen, strict=True)]),)
 
 
 def _get(store: CacheStore, keys: Sequence[str]) -> list[Entry]:

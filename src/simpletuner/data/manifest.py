@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner.config.dataset_options import PictureDataset
+from simpletuner.config.dataset_options import ConditioningDataset, PictureDataset
 from simpletuner.data.captions import CaptionDefect, Captions, Variants, sample_name
-from simpletuner.data.geometry import DropReason, ResizePlan, ResizeRule, Size
+from simpletuner.data.geometry import Bucket, DropReason, ResizePlan, ResizeRule, Size
 from simpletuner.data.keys import word
 from simpletuner.data.media import UnreadablePicture
 from simpletuner.data.plan import Members, PlannedSet
@@ -62,6 +62,8 @@ class Manifest:
     contents: NDArray[np.uint8]
     """Rows × 32: SHA-256 of the file's bytes, zeros where it is dropped."""
     captions: CaptionColumn
+    mates: tuple[Manifest, ...] = ()
+    """One per conditioning set, in the order of `conditioning_data`; row n belongs to row n here."""
     kept: NDArray[np.int32] = field(init=False)
     """Numbers of the kept rows, ascending."""
 
@@ -90,12 +92,26 @@ class Manifest:
         """Name of the row in the counter streams."""
         return sample_name(self.dataset.id, self.paths[row])
 
-    def buckets(self) -> dict[Size, Members]:
-        """Kept rows by target size."""
-        targets, bucket_of = np.unique(self.geometry[self.kept, 6:], axis=0, return_inverse=True)
+    @property
+    def kind(self) -> str:
+        """What is cached of a picture: `latents`, `reference` or `mask`. Part of the cache key."""
+        if not isinstance(self.dataset, ConditioningDataset):
+            return "latents"
+        return "mask" if self.dataset.conditioning_type in ("mask", "segmentation") else "reference"
+
+    @property
+    def is_loose(self) -> bool:
+        """Whether its pictures have targets of their own."""
+        return isinstance(self.dataset, ConditioningDataset) and self.dataset.conditioning_type == "reference_loose"
+
+    def buckets(self) -> dict[Bucket, Members]:
+        """Kept rows by target size, and by those of their loose references."""
+        loose = [mates.geometry[self.kept, 6:] for mates in self.mates if mates.is_loose]
+        sizes = np.concatenate([self.geometry[self.kept, 6:], *loose], axis=1)
+        shapes, bucket_of = np.unique(sizes, axis=0, return_inverse=True)
         return {
-            (int(width), int(height)): self.kept[bucket_of.reshape(-1) == number]
-            for number, (width, height) in enumerate(targets.tolist())
+            tuple(map(int, shape)): self.kept[bucket_of.reshape(-1) == number]
+            for number, shape in enumerate(shapes.tolist())
         }
 
     def planned_set(self) -> PlannedSet:
@@ -110,10 +126,16 @@ class Manifest:
 
     def without(self, unreadable: Mapping[int, str]) -> Manifest:
         """The same with rows dropped that turned out to be broken, each with what is wrong."""
-        if not unreadable:
+        return self.drop({row: (DropReason.UNREADABLE, detail) for row, detail in unreadable.items()})
+
+    def drop(self, defects: Mapping[int, tuple[DropReason, str]]) -> Manifest:
+        """The same with more rows dropped."""
+        if not defects:
             return self
-        reasons = [DropReason.UNREADABLE if row in unreadable else reason for row, reason in enumerate(self.reasons)]
-        return replace(self, reasons=reasons, details=self.details | dict(unreadable))
+        reasons = [defects[row][0] if row in defects else reason for row, reason in enumerate(self.reasons)]
+        return replace(
+            self, reasons=reasons, details=self.details | {row: detail for row, (_, detail) in defects.items()}
+        )
 
 
 def discover(

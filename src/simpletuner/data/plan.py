@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner.data.geometry import Size, bucket_name
+from simpletuner.data.geometry import Bucket, bucket_name
 from simpletuner.data.keys import key_seed, u, word
 from simpletuner.errors import UserError
 
@@ -45,7 +45,7 @@ class Group:
     """B·R entries of one dataset and bucket, at one position."""
 
     dataset_id: str
-    bucket: Size
+    bucket: Bucket
     entries: tuple[Entry, ...]
     position: Position
     next_position: Position
@@ -61,7 +61,7 @@ class PlannedSet:
     """What the plan must know of a dataset."""
 
     id: str
-    buckets: Mapping[Size, Members]
+    buckets: Mapping[Bucket, Members]
     repeats: int = 0
     probability: float = 1.0
 
@@ -74,7 +74,7 @@ class PlannedSet:
 class _Stream:
     """The endless sequence of entries of one dataset and bucket. Keeps the permutations of the latest two passes."""
 
-    def __init__(self, planned: PlannedSet, bucket: Size, seed: int, group_size: int) -> None:
+    def __init__(self, planned: PlannedSet, bucket: Bucket, seed: int, group_size: int) -> None:
         self.bucket = bucket
         self.members = planned.buckets[bucket]
         self.length = len(self.members) * (planned.repeats + 1)

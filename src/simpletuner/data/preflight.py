@@ -15,6 +15,7 @@ from typing import Any
 from simpletuner.config.dataset_options import MODELS, PictureDataset, dataset_kind
 from simpletuner.data.ledger import check_defects, dataset_report, ledger_row
 from simpletuner.data.manifest import discover
+from simpletuner.data.pairs import pair_all, targets_of
 from simpletuner.errors import ExitCode, Problem, UserError
 
 
@@ -26,12 +27,13 @@ def main() -> ExitCode:
             discover(entry, alignment=request["alignment"], cache_dir=Path(entry.cache_dir_vae) / "scan")
             for entry in entries
         ]
+        manifests = pair_all(manifests)
         for manifest in manifests:
             for row in range(len(manifest)):
                 _write({"dataset": manifest.dataset.id, **ledger_row(manifest, row)})
         for manifest in manifests:
             _write({"summary": dataset_report(manifest)})
-        problems = check_defects(manifests, ignore_missing_files=request["ignore_missing_files"])
+        problems = check_defects(targets_of(manifests), ignore_missing_files=request["ignore_missing_files"])
     except UserError as error:
         found = list(error.problems) or [Problem(code=error.code, message=error.message, hint=error.hint)]
         _write_problems(found)

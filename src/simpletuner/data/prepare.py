@@ -24,7 +24,8 @@ from simpletuner.data.media import DECODING, Pixels, UnreadablePicture, decode_p
 from simpletuner.errors import ExitCode, UserError
 
 LATENTS = "latents"
-"""Name of the one tensor of a latents entry."""
+"""Name of the one tensor of an entry, and the kind of targets; `MASK` that of masks."""
+MASK = "mask"
 
 _MAX_READERS = 16
 _WRITES_AHEAD = 2
@@ -39,8 +40,9 @@ class LatentEncoder(Protocol):
         """All of the encoder that decides its output: class, weights, config, dtype, scale."""
         ...
 
-    def encode(self, pixels_BCHW: Tensor, keys: Sequence[str]) -> list[Tensor]:
-        """Pixels, uint8 RGB of one size → one latent CHW each. Noise is drawn from the keys alone."""
+    def encode(self, pixels_BCHW: Tensor, keys: Sequence[str], *, sample: bool) -> list[Tensor]:
+        """Pixels, uint8 RGB of one size → one latent CHW each: a sample of the posterior, its noise drawn from the keys
+        alone, or the posterior's mode."""
         ...
 
 
@@ -75,7 +77,7 @@ class Prepared:
 
 def latent_key(manifest: Manifest, row: int, fingerprint: str) -> str:
     transform = f"{DECODING} {manifest.plan(row).transform}"
-    return cache_key(LATENTS, fingerprint, transform, manifest.content(row))
+    return cache_key(manifest.kind, fingerprint, transform, manifest.content(row))
 
 
 def text_key(caption: str, fingerprint: str) -> str:
@@ -92,7 +94,9 @@ def encode_latents(
     rank: int = 0,
     world_size: int = 1,
 ) -> Prepared:
-    """Store a latent for every kept row that has none. A broken picture is dropped.
+    """Store a latent for every kept row that has none: of a conditioning set a reference or a mask.
+
+    A broken picture is dropped.
 
     Raises UserError `data_defects` (65) when more than 1 % of the dataset's files are broken.
     """
@@ -124,7 +128,7 @@ def encode_latents(
             _check_dropped(manifest, prepared.dropped)
             if pixels:
                 stacked_BCHW = torch.as_tensor(np.stack(list(pixels.values()))).permute(0, 3, 1, 2).contiguous()
-                latents = encoder.encode(stacked_BCHW, list(pixels))
+                latents = encoder.encode(stacked_BCHW, list(pixels), sample=manifest.kind == LATENTS)
                 writer.add({key: {LATENTS: latent} for key, latent in zip(pixels, latents, strict=True)})
                 prepared.encoded += len(pixels)
             if watch:

@@ -15,16 +15,18 @@ class Loss:
     def __init__(self, options: LossOptions) -> None:
         self._options = options
 
-    def __call__(self, predicted_BCHW: Tensor, noised: Noised) -> Tensor:
-        return (self.per_sample(predicted_BCHW, noised) * noised.weight_B).mean()
+    def __call__(self, predicted_BCHW: Tensor, noised: Noised, mask_BHW: Tensor | None = None) -> Tensor:
+        return (self.per_sample(predicted_BCHW, noised, mask_BHW) * noised.weight_B).mean()
 
-    def per_sample(self, predicted_BCHW: Tensor, noised: Noised) -> Tensor:
-        """Unweighted, shape (B,)."""
+    def per_sample(self, predicted_BCHW: Tensor, noised: Noised, mask_BHW: Tensor | None = None) -> Tensor:
+        """Unweighted, shape (B,). The mask multiplies each element; nothing is normalised again."""
         squared = (predicted_BCHW.float() - noised.target_BCHW).square()
         if self._options.loss_type != "l2":
             width = self.width(noised).view(-1, 1, 1, 1)
             factor = 2 * width if self._options.loss_type == "huber" else 2.0
             squared = factor * ((squared + width.square()).sqrt() - width)
+        if mask_BHW is not None:
+            squared = squared * mask_BHW[:, None]
         return squared.flatten(1).mean(1)
 
     def width(self, noised: Noised) -> Tensor:

@@ -24,7 +24,9 @@ class PictureEncoder(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def encode(self, pixels_BCHW: Tensor, keys: Sequence[str]) -> list[Tensor]: ...
+    def encode(self, pixels_BCHW: Tensor, keys: Sequence[str], *, sample: bool) -> list[Tensor]:
+        """A sample of each posterior, its noise from the keys, or the posterior's mode."""
+        ...
 
 
 class CaptionEncoder(Protocol):

@@ -18,7 +18,7 @@ def fingerprint(**facts: Any) -> str:
 
 
 class AutoencoderLatents:
-    """KL autoencoder: a sample of the posterior whose noise comes from the entry's key, shifted and scaled."""
+    """KL autoencoder: a posterior's sample, its noise from the entry's key, or its mode; shifted and scaled."""
 
     def __init__(self, vae: AutoencoderKL, fingerprint: str) -> None:
         self.fingerprint = fingerprint
@@ -27,13 +27,15 @@ class AutoencoderLatents:
         self._shift: float = vae.config.get("shift_factor") or 0.0
 
     @torch.inference_mode()
-    def encode(self, pixels_BCHW: Tensor, keys: Sequence[str]) -> list[Tensor]:
+    def encode(self, pixels_BCHW: Tensor, keys: Sequence[str], *, sample: bool) -> list[Tensor]:
         """uint8 pixels (B, 3, H, W) → latents (C, H/8, W/8) each, on the CPU, in the autoencoder's type."""
         pixels = pixels_BCHW.to(self._vae.device, non_blocking=True).to(self._vae.dtype) / 127.5 - 1
         posterior = self._vae.encode(pixels, return_dict=False)[0]
-        noise = torch.stack([_key_noise(key, posterior.mean.shape[1:]) for key in keys])
-        sample = posterior.mean.float() + posterior.std.float() * noise.to(self._vae.device)
-        latents = ((sample - self._shift) * self._scale).to(self._vae.dtype).cpu()
+        unscaled = posterior.mean.float()
+        if sample:
+            noise = torch.stack([_key_noise(key, posterior.mean.shape[1:]) for key in keys])
+            unscaled = unscaled + posterior.std.float() * noise.to(self._vae.device)
+        latents = ((unscaled - self._shift) * self._scale).to(self._vae.dtype).cpu()
         return [row.clone() for row in latents]
 
 

@@ -55,7 +55,8 @@ class HeldOut:
             rows = torch.zeros(len(visits))
             for level in self._levels:
                 noised = self._objective.at_levels(batch.latents_BCHW, noise, [level] * len(visits))
-                rows += self._loss.per_sample(self._predict_on(denoiser, noised, batch), noised).cpu()
+                predicted = self._predict_on(denoiser, noised, batch)
+                rows += self._loss.per_sample(predicted, noised, batch.mask_BHW).cpu()
             losses += (rows / len(self._levels)).tolist()
         denoiser.train(training)
         mean = math.fsum(losses) / len(losses)

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from simpletuner.config.dataset_options import PictureDataset
+from simpletuner.config.dataset_options import ConditioningDataset, PictureDataset
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.cache import CacheStore, cache_key
+from simpletuner.data.geometry import Size
 from simpletuner.data.ledger import check_defects, dataset_report, write_ledger
 from simpletuner.data.loader import Batch, BatchReader, LatentSource, TextSource
 from simpletuner.data.manifest import Manifest, discover
+from simpletuner.data.masks import MaskEncoder
+from simpletuner.data.pairs import pair_all, targets_of
 from simpletuner.data.plan import START, Entry, EpochPlan, Group
-from simpletuner.data.prepare import Prepared, encode_latents, encode_texts
+from simpletuner.data.prepare import MASK, LatentEncoder, Prepared, encode_latents, encode_texts
 from simpletuner.errors import Level
 from simpletuner.families.base import Family
 from simpletuner.train.report import Reporter, StageReport
 from simpletuner.train.requests import RequestReader
+
+_PLURALS = {"reference": "references", "mask": "masks"}
 
 
 class StageWatch:
@@ -39,6 +44,20 @@ class StageWatch:
         """Raises Ended instead of answering: what was encoded is stored on the way out."""
         self._requests.raise_if_ended()
         return False
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What a validation image of an edit family starts from: one sample's pictures in the conditioning sets."""
+
+    sample: str
+    latents: tuple[Tensor, ...]
+    """C×H×W each, all sets in the order of `conditioning_data`."""
+    target: Size
+    """Of the picture that the sample is trained to become, (width, height) in pixels."""
+    sizes: tuple[Size, ...]
+    """Of the references."""
+    caption: str
 
 
 @dataclass(slots=True)
@@ -62,7 +81,33 @@ class Inputs:
         )
 
     def reader(self, family: Family, seed: int, *, pin_memory: bool) -> BatchReader:
-        return BatchReader(self.latents, self.text, seed=seed, collate_text=family.collate_text, pin_memory=pin_memory)
+        return BatchReader(
+            self.latents,
+            self.text,
+            seed=seed,
+            collate_text=family.collate_text,
+            pin_memory=pin_memory,
+            combined=self.config.data.conditioning_multidataset_sampling == "combined",
+            mask_probability=self.config.loss.masked_loss_probability,
+        )
+
+    def validation_references(self, dataset_id: str, n: int) -> list[Reference]:
+        """Of the first `n` kept samples of an image or eval dataset. Always all sets."""
+        source = self.latents[dataset_id]
+        manifest = source.manifest
+        found: list[Reference] = []
+        for row in manifest.kept.tolist()[:n]:
+            references = source.references
+            found.append(
+                Reference(
+                    sample=manifest.sample(row),
+                    latents=tuple(mates.read([row])[0].clone() for mates in references),
+                    target=manifest.plan(row).target,
+                    sizes=tuple(mates.manifest.plan(row).target for mates in references),
+                    caption=manifest.captions.texts[manifest.captions.of(row)[0]],
+                )
+            )
+        return found
 
     def held_out_batches(self, dataset_id: str, reader: BatchReader, size: int) -> list[Batch]:
         """Every kept sample of a dataset once, in a fixed order."""
@@ -71,7 +116,8 @@ class Inputs:
             rows = members.tolist()
             for start in range(0, len(rows), size):
                 uses = tuple(Entry(row, 0) for row in rows[start : start + size])
-                batches.append(reader.read(Group(dataset_id, bucket, uses, START, START), uses))
+                group = Group(dataset_id, bucket, uses, START, START)
+                batches.append(reader.read(group, uses, held_out=True))
         return batches
 
     def fingerprint(self) -> str:
@@ -86,6 +132,9 @@ class Inputs:
                 captions = [manifest.captions.texts[i] for i in manifest.captions.of(row)]
                 digest.update(manifest.content(row))
                 digest.update("\0".join([manifest.paths[row], manifest.plan(row).transform, *captions]).encode())
+                for mates in manifest.mates:
+                    digest.update(mates.content(row))
+                    digest.update(f"{mates.dataset.id}\0{mates.kind}\0{mates.plan(row).transform}".encode())
         return digest.hexdigest()
 
 
@@ -111,29 +160,32 @@ class Preparation:
         return Inputs(found, latents, text, embeddings, self._config)
 
     def _pictures(self) -> list[PictureDataset]:
-        return [*self._config.image_datasets, *self._config.eval_datasets]
+        return [*self._config.image_datasets, *self._config.eval_datasets, *self._config.conditioning_datasets]
 
     def _discover(self, ledgers: Path) -> dict[str, Manifest]:
-        manifests: dict[str, Manifest] = {}
+        found: list[Manifest] = []
         data = self._config.data
         with self._reporter.stage("init_data_backend", "Looking through the datasets") as stage:
             entries = self._pictures()
             for number, entry in enumerate(entries):
                 self._requests.raise_if_ended()
                 scans = Path(entry.cache_dir_vae) / "scan"
-                manifest = discover(entry, alignment=data.aspect_bucket_alignment, cache_dir=scans)
-                write_ledger(manifest, ledgers / f"ledger-{entry.id}.jsonl")
-                report = dataset_report(manifest)
-                message = (
-                    f"{entry.id}: {report['kept']} of {report['found']} pictures in {len(report['buckets'])} buckets"
-                )
-                self._reporter.notify("dataset_report", message, **report)
-                manifests[entry.id] = manifest
+                found.append(discover(entry, alignment=data.aspect_bucket_alignment, cache_dir=scans))
                 stage.advance(number + 1, len(entries))
-            for problem in check_defects(list(manifests.values()), ignore_missing_files=data.ignore_missing_files):
+            found = pair_all(found)
+            for manifest in found:
+                write_ledger(manifest, ledgers / f"ledger-{manifest.dataset.id}.jsonl")
+                self._report_dataset(manifest)
+            for problem in check_defects(targets_of(found), ignore_missing_files=data.ignore_missing_files):
                 if problem.level is Level.WARNING:
                     self._reporter.warn(problem.code, problem.message, hint=problem.hint, pointer=problem.pointer)
-        return manifests
+        return {manifest.dataset.id: manifest for manifest in targets_of(found)}
+
+    def _report_dataset(self, manifest: Manifest) -> None:
+        report = dataset_report(manifest)
+        name, num_buckets = manifest.dataset.id, len(report["buckets"])
+        message = f"{name}: {report['kept']} of {report['found']} pictures in {num_buckets} buckets"
+        self._reporter.notify("dataset_report", message, **report)
 
     def _encode_texts(
         self, manifests: dict[str, Manifest], store: CacheStore, prompts: list[str]
@@ -168,18 +220,31 @@ class Preparation:
         encoder = _LazyPictures(self._family, fingerprint, self._device)
         sources: dict[str, LatentSource] = {}
         with self._reporter.stage("init_vae_cache", "Caching latents") as stage:
-            for entry in self._pictures():
-                store = CacheStore(Path(entry.cache_dir_vae))
-                prepared = encode_latents(
-                    manifests[entry.id],
-                    store,
-                    encoder,
-                    watch=StageWatch(stage, self._requests),
-                    write_batch_size=self._config.data.write_batch_size,
-                )
-                self._report(entry.id, "latents", prepared)
-                sources[entry.id] = LatentSource(manifests[entry.id].without(prepared.dropped), store, fingerprint)
+            stores = {entry.id: CacheStore(Path(entry.cache_dir_vae)) for entry in self._pictures()}
+            for name, manifest in manifests.items():
+                dropped: dict[int, str] = {}
+                fingerprints: list[str] = []
+                for part in (manifest, *manifest.mates):
+                    chosen = self._mask_encoder(part.dataset) if part.kind == MASK else encoder
+                    prepared = encode_latents(
+                        part,
+                        stores[part.dataset.id],
+                        chosen,
+                        watch=StageWatch(stage, self._requests),
+                        write_batch_size=self._config.data.write_batch_size,
+                    )
+                    self._report(part.dataset.id, _PLURALS.get(part.kind, part.kind), prepared)
+                    fingerprints.append(chosen.fingerprint)
+                    dropped |= prepared.dropped
+                kept = manifest.without(dropped)
+                parts = zip((kept, *kept.mates), fingerprints, strict=True)
+                own, *mates = [LatentSource(part, stores[part.dataset.id], name) for part, name in parts]
+                sources[name] = replace(own, mates=tuple(mates))
         return sources
+
+    def _mask_encoder(self, entry: PictureDataset) -> LatentEncoder:
+        is_segmentation = isinstance(entry, ConditioningDataset) and entry.conditioning_type == "segmentation"
+        return MaskEncoder(self._family.spec.latent.stride, is_segmentation=is_segmentation)
 
     def _report(self, dataset_id: str, kind: str, prepared: Prepared) -> None:
         message = f"{dataset_id}: {prepared.encoded} {kind} encoded, {prepared.reused} reused"
@@ -224,6 +289,6 @@ class _LazyPictures:
         self._load = lambda: family.load_picture_encoder(device)
         self._encoder = None
 
-    def encode(self, pixels_BCHW: Tensor, keys: Sequence[str]) -> list[Tensor]:
+    def encode(self, pixels_BCHW: Tensor, keys: Sequence[str], *, sample: bool) -> list[Tensor]:
         self._encoder = self._encoder or self._load()
-        return self._encoder.encode(pixels_BCHW, keys)
+        return self._encoder.encode(pixels_BCHW, keys, sample=sample)

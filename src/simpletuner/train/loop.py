@@ -57,7 +57,7 @@ def train(run: Run) -> Outcome:
         noised = run.objective.draw(batch.latents_BCHW, visits, step=state.step, first=len(names)).to(device)
         with torch.autocast(device.type, run.autocast, enabled=run.autocast is not None):
             predicted = run.family.predict(run.denoiser, noised.latents_BCHW, noised.t_B, batch)
-        loss = run.loss(predicted, noised) / run.accumulation
+        loss = run.loss(predicted, noised, batch.mask_BHW) / run.accumulation
         loss.backward()
         total_loss += loss.detach()
         names += batch.samples
