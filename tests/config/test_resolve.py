@@ -183,8 +183,6 @@ RULES: list[tuple[dict[str, Any], str, str]] = [
     ({"prediction_type": "flow_matching"}, "/--prediction_type", "incompatible_options"),
     ({"optimizer": "adamw"}, "/--optimizer", "unknown_optimizer"),
     ({"optimizer": "prodigy"}, "/--optimizer", "option_not_supported_yet"),
-    ({"model_type": "lora"}, "/--model_type", "option_not_supported_yet"),
-    ({"lora_rank": 4}, "/--lora_rank", "option_not_supported_yet"),
     ({"mixed_precision": "fp16"}, "/--mixed_precision", "option_not_supported_yet"),
     ({"model_flavour": "900M-1024-v0.8"}, "/--model_flavour", "unknown_flavour"),
     ({"timestep_bias_strategy": "range", "timestep_bias_begin": 500, "timestep_bias_end": 500},
@@ -203,6 +201,8 @@ def test_a_rule_names_its_option(place: Place, options: dict[str, Any], pointer:
 
 NO_EFFECTS: list[tuple[dict[str, Any], str]] = [
     ({"flow_schedule_shift": 3.0}, "flow_schedule_shift"),
+    ({"lora_rank": 4}, "lora_rank"),
+    ({"flux_guidance_value": 2.0}, "flux_guidance_value"),
     ({"clip_skip": 2}, "clip_skip"),
     ({"ema_decay": 0.9}, "ema_decay"),
     ({"ema_validation": "none"}, "ema_validation"),
@@ -235,7 +235,7 @@ def test_families_and_flavours(place: Place) -> None:
     near = only(resolve([place.object(BASE | {"model_family": "pixart_sigm"})], place.directories).errors)
     assert (near.code, near.pointer) == ("unknown_family", "/--model_family")
     assert "pixart_sigma" in near.hint
-    assert only(place.resolve(model_family="flux").errors).code == "option_not_supported_yet"
+    assert only(place.resolve(model_family="sdxl").errors).code == "option_not_supported_yet"
     assert "v0.7-stage1" in only(place.resolve(model_flavour="900M-1024-v0.7-stag1").errors).hint
     for name in load_spec("pixart_sigma").flavours:
         assert errors(place.resolve(model_flavour=name)) == {}, name

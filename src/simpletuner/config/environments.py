@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from simpletuner.config.json_text import duplicate_problems, read_json
+from simpletuner.config.lycoris import FILE as LYCORIS_FILE
 from simpletuner.config.option import OptionField
 from simpletuner.config.sources import Layer, layer_from_mapping
 from simpletuner.errors import Level, Problem, UserError
@@ -85,7 +86,12 @@ class Environments:
         return name
 
     def create(
-        self, name: str, config: Mapping[str, Any], metadata: Mapping[str, Any], datasets: list[Any] | None
+        self,
+        name: str,
+        config: Mapping[str, Any],
+        metadata: Mapping[str, Any],
+        datasets: list[Any] | None,
+        lycoris: bytes | None = None,
     ) -> Path:
         """Write a whole new folder beside its place and rename it."""
         beside = self.root / f".{name}.{time.monotonic_ns()}.tmp"
@@ -93,6 +99,8 @@ class Environments:
         write_atomic(beside / "config.json", to_json(dict(config)))
         if datasets is not None:
             write_atomic(beside / "multidatabackend.json", to_json(datasets))
+        if lycoris is not None:
+            write_atomic(beside / LYCORIS_FILE, lycoris)
         stamped = {"created_at": utc_now(), "modified_at": utc_now(), **metadata}
         write_atomic(beside / ".metadata.json", to_json(stamped))
         beside.rename(self.root / name)

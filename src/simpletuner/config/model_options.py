@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -59,20 +59,25 @@ class ModelOptions(OptionGroup):
 
 
 class AdapterOptions(OptionGroup):
-    lora_type: Annotated[Literal["standard", "lycoris"], Ui(tab="model", order=40, later=True)] = "standard"
+    lora_type: Annotated[Literal["standard", "lycoris"], Ui(tab="model", order=40)] = "standard"
     """Library of the adapter: peft (`standard`) or lycoris-lora."""
 
-    lora_rank: Annotated[PositiveInt, Ui(tab="model", order=41, later=True)] = 16
+    lora_rank: Annotated[PositiveInt, Ui(tab="model", order=41)] = 16
     """Rank of the adapter."""
 
-    lora_alpha: Annotated[PositiveFloat | None, Ui(tab="model", order=42, later=True)] = None
+    lora_alpha: Annotated[PositiveFloat | None, Ui(tab="model", order=42)] = None
     """Scale of the adapter is alpha ÷ rank. Default: the rank."""
 
-    lora_dropout: Annotated[float, Field(ge=0, lt=1), Ui(tab="model", order=43, later=True)] = 0.1
+    lora_dropout: Annotated[float, Field(ge=0, lt=1), Ui(tab="model", order=43)] = 0.1
     """Dropout inside the adapter while training."""
 
-    lycoris_config: Annotated[str | None, Ui(tab="model", order=44, later=True, path=True)] = None
-    """LyCORIS configuration file."""
+    lycoris_config: Annotated[
+        str | dict[str, Any] | None, Ui(tab="model", order=44, structured=True)
+    ] = None  # fmt: skip
+    """LyCORIS configuration file; empty: one is written from rank, alpha and dropout."""
+
+    init_lora: Annotated[str | None, Ui(tab="model", order=45, path=True)] = None
+    """Adapter file that training starts from."""
 
 
 class PrecisionOptions(OptionGroup):

@@ -24,13 +24,14 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One image of a validation: `index` counts the images of one prompt and size."""
+    """One image of a validation: `index` counts the images of one prompt and size, `reference` the pictures to edit."""
 
     prompt: Prompt
     width: int
     height: int
     index: int
     seed: int
+    reference: int | None = None
 
 
 def plan_prompts(options: ValidationOptions) -> list[Prompt]:
@@ -53,15 +54,19 @@ def plan_prompts(options: ValidationOptions) -> list[Prompt]:
     return prompts
 
 
-def plan_pictures(config: TrainConfig, prompts: list[Prompt]) -> list[Picture]:
+def plan_pictures(config: TrainConfig, prompts: list[Prompt], num_references: int = 0) -> list[Picture]:
+    """Prompts × sizes × references × images. Image i uses seed + i, whatever it is drawn on."""
     options = config.validation
     seed = options.validation_seed if options.validation_seed is not None else config.run.seed
     assert seed is not None
+    count = options.num_validation_images
+    references = list(range(num_references)) or [None]
     return [
-        Picture(prompt, width, height, index, seed + index)
+        Picture(prompt, width, height, (reference or 0) * count + index, seed + index, reference)
         for prompt in prompts
         for width, height in parse_resolutions(options.validation_resolution)
-        for index in range(options.num_validation_images)
+        for reference in references
+        for index in range(count)
     ]
 
 

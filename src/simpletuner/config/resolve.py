@@ -7,18 +7,22 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, cast
 
 from simpletuner.config.dataset_file import DatasetEntries, read_dataset_file, resolve_datasets
 from simpletuner.config.directories import Directories, expand_placeholders
+from simpletuner.config.lycoris_source import find_lycoris_config
 from simpletuner.config.option import OptionField
 from simpletuner.config.prompt import plan_prompts
-from simpletuner.config.rules import Situation, check
+from simpletuner.config.rules import check
+from simpletuner.config.situation import Situation
 from simpletuner.config.sources import NOT_GIVEN, Layer, parse_value
 from simpletuner.config.train_config import TrainConfig, option_fields
 from simpletuner.errors import Level, Problem, UserError, errors_of, warnings_of
 from simpletuner.families.registry import family_names, load_spec
 from simpletuner.families.spec import FamilySpec
+from simpletuner.job import write_atomic
 
 _OF_ONE_VALUE = ("bad_value", "bad_choice", "bad_boolean", "bad_json", "required", "env_not_set", "unknown_flavour")
 _FROM_FAMILY = ("model_family", "model_flavour", "pretrained_model_name_or_path")
@@ -48,6 +52,8 @@ class Resolution:
     datasets: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     spec: FamilySpec | None = None
     config: TrainConfig | None = None
+    lycoris_file: Path | None = None
+    """Where the LyCORIS configuration that follows the options is to be written."""
 
     @property
     def errors(self) -> list[Problem]:
@@ -95,6 +101,7 @@ def resolve(
     flavour = _find_flavour(layers, found.spec, found)
     _parse_all(found, layers, found.spec.layer_values(flavour))
     values = _expand(found)
+    _settle_lycoris(found, values, layers, directories)
     broken = {problem.option for problem in found.errors if problem.code in _OF_ONE_VALUE and problem.option}
     entries = DatasetEntries()
     if read_datasets:
@@ -266,6 +273,22 @@ def _expand(found: Resolution) -> dict[str, Any]:
     return expanded
 
 
+def _settle_lycoris(
+    found: Resolution, values: dict[str, Any], layers: Sequence[Layer], directories: Directories
+) -> None:
+    """Put the LyCORIS configuration itself in place of its path."""
+    try:
+        source = find_lycoris_config(values, [layer.name for layer in layers], directories)
+    except UserError as error:
+        option = "lycoris_config"
+        found.problems.append(
+            Problem(code=error.code, option=option, message=error.message, hint=error.hint, pointer=error.pointer)
+        )
+        return
+    if source is not None:
+        values["lycoris_config"], found.lycoris_file = source.config, source.file
+
+
 def _read_datasets(
     found: Resolution, values: Mapping[str, Any], directories: Directories, spec: FamilySpec
 ) -> DatasetEntries:
@@ -293,6 +316,8 @@ def _build(found: Resolution, values: Mapping[str, Any], spec: FamilySpec, direc
     frozen["data_backend_config"] = str(directories.locate(frozen["data_backend_config"]))
     if isinstance(library := frozen["user_prompt_library"], str):
         frozen["user_prompt_library"] = _read_library(library, directories, found)
+    if frozen["init_lora"] is not None:
+        frozen["init_lora"] = str(directories.locate(frozen["init_lora"]))
     local = directories.workspace / frozen["pretrained_model_name_or_path"]
     if local.is_dir():
         frozen["pretrained_model_name_or_path"] = str(local)
@@ -334,6 +359,8 @@ def _about_library(code: str, message: str, hint: str = "") -> Problem:
 def freeze(found: Resolution) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
     """`(config, provenance, datasets)` for a job's directory. Draws the seed where none was given."""
     config = found.require().to_flat()
+    if found.lycoris_file is not None:
+        _write_lycoris(found.lycoris_file, config["lycoris_config"])
     if config["seed"] in (None, 0, -1):
         config["seed"] = secrets.randbelow(2**31 - 1) + 1
     provenance = {
@@ -345,3 +372,9 @@ def freeze(found: Resolution) -> tuple[dict[str, Any], dict[str, Any], list[dict
         for name, origin in found.origins.items()
     }
     return config, provenance, found.datasets
+
+
+def _write_lycoris(file: Path, config: Mapping[str, Any]) -> None:
+    content = (json.dumps(config, indent=2) + "\n").encode()
+    if not file.exists() or file.read_bytes() != content:
+        write_atomic(file, content)

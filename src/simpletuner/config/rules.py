@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from simpletuner.config.directories import Directories
+from simpletuner.config.adapter_rules import adapter_rule, flux_rule, reference_rule
 from simpletuner.config.pairing import check_pairs
 from simpletuner.config.prompt import parse_resolutions
+from simpletuner.config.situation import Situation, error_about, warning_about
 from simpletuner.errors import Level, Problem, UserError
-from simpletuner.families.spec import Capability, FamilySpec
+from simpletuner.families.spec import Capability
 
 OPTIMIZERS = ("adamw_bf16", "torch-adamw", "optimi-lion")
 OPTIMIZERS_LATER = (
@@ -24,7 +24,10 @@ OPTIMIZERS_LATER = (
     "torch-adafactor", "adamw_schedulefree", "prodigy", "soap", "muon",
 )  # fmt: skip
 
-FLOW_ONLY = ("flow_schedule_shift",)
+FLOW_ONLY = (
+    "flow_schedule_shift", "flow_schedule_auto_shift", "flow_sigmoid_scale", "flow_use_uniform_schedule",
+    "flow_use_beta_schedule", "flow_beta_schedule_alpha", "flow_beta_schedule_beta",
+)  # fmt: skip
 DIFFUSION_ONLY = (
     "offset_noise", "snr_gamma", "timestep_bias_strategy", "timestep_bias_multiplier", "timestep_bias_portion",
     "timestep_bias_begin", "timestep_bias_end",
@@ -33,37 +36,9 @@ QUANTISED = ("int8-quanto",)
 TRACKER_OPTIONS = ("tracker_project_name", "tracker_run_name")
 
 
-@dataclass(frozen=True, slots=True)
-class Situation:
-    """What the rules look at: typed values by bare name, the layer of each, the datasets, the family."""
-
-    values: Mapping[str, Any]
-    layers: Mapping[str, str]
-    datasets: list[dict[str, Any]]
-    pointers: list[str]
-    """The JSON pointer of each dataset."""
-    broken: frozenset[str]
-    """Options whose own value is wrong, and `datasets` when an entry is: what rests on them is not judged."""
-    spec: FamilySpec
-    directories: Directories
-    for_start: bool
-
-    def given(self, name: str) -> bool:
-        """Whether a person set it, in an environment or a request."""
-        return self.layers.get(name, "default") not in ("default", "flavour")
-
-
 def check(situation: Situation) -> list[Problem]:
     """Every problem of the combination, errors and warnings."""
     return [problem for rule, reads in _RULES if not situation.broken & set(reads) for problem in rule(situation)]
-
-
-def _error(code: str, option: str, message: str, hint: str = "") -> Problem:
-    return Problem(code=code, option=option, message=message, hint=hint, pointer=f"/--{option}")
-
-
-def _warning(code: str, option: str, message: str, hint: str = "") -> Problem:
-    return Problem(code=code, option=option, message=message, hint=hint, pointer=f"/--{option}", level=Level.WARNING)
 
 
 def _run_length(at: Situation) -> Iterator[Problem]:
@@ -71,14 +46,14 @@ def _run_length(at: Situation) -> Iterator[Problem]:
     layers = at.layers
     sources = f"max_train_steps: {layers['max_train_steps']}; num_train_epochs: {layers['num_train_epochs']}."
     if steps and epochs and at.given("num_train_epochs"):
-        yield _error(
+        yield error_about(
             "both_epochs_and_steps",
             "max_train_steps",
             f"Both max_train_steps ({steps}) and num_train_epochs ({epochs}) are set.",
             f"Set one of them to 0. {sources}",
         )
     if not steps and not epochs:
-        yield _error(
+        yield error_about(
             "no_run_length",
             "max_train_steps",
             "Neither max_train_steps nor num_train_epochs is above 0.",
@@ -89,16 +64,14 @@ def _run_length(at: Situation) -> Iterator[Problem]:
 def _model_type(at: Situation) -> Iterator[Problem]:
     quantised = at.values["base_model_precision"] in QUANTISED
     if at.values["model_type"] == "full" and quantised:
-        yield _error(
+        yield error_about(
             "quantised_full",
             "base_model_precision",
             f"A full fine-tune cannot train a base quantised to {at.values['base_model_precision']}.",
             "Use bf16 or fp32, or train an adapter (--model_type lora).",
         )
-    elif quantised:
-        yield _error("option_not_supported_yet", "base_model_precision", "Quantised bases are not supported yet.")
     if at.values["model_type"] == "lora" and Capability.LORA not in at.spec.supports:
-        yield _error(
+        yield error_about(
             "option_not_supported_yet",
             "model_type",
             f"Adapters for {at.spec.title} are not supported yet.",
@@ -106,7 +79,9 @@ def _model_type(at: Situation) -> Iterator[Problem]:
         )
     if "fp16" in (at.values["base_model_precision"], at.values["mixed_precision"]):
         option = "mixed_precision" if at.values["mixed_precision"] == "fp16" else "base_model_precision"
-        yield _error("option_not_supported_yet", option, "Training in fp16 is not supported yet.", "Use bf16 or fp32.")
+        yield error_about(
+            "option_not_supported_yet", option, "Training in fp16 is not supported yet.", "Use bf16 or fp32."
+        )
 
 
 def _optimizer(at: Situation) -> Iterator[Problem]:
@@ -114,11 +89,11 @@ def _optimizer(at: Situation) -> Iterator[Problem]:
     if name in OPTIMIZERS:
         return
     if name in OPTIMIZERS_LATER:
-        yield _error("option_not_supported_yet", "optimizer", f"The optimizer {name!r} is not supported yet.")
+        yield error_about("option_not_supported_yet", "optimizer", f"The optimizer {name!r} is not supported yet.")
         return
     near = get_close_matches(name, [*OPTIMIZERS, *OPTIMIZERS_LATER], n=1)
     guess = f"Did you mean {near[0]!r}? " if near else ""
-    yield _error(
+    yield error_about(
         "unknown_optimizer", "optimizer", f"There is no optimizer {name!r}.", f"{guess}Known: {', '.join(OPTIMIZERS)}."
     )
 
@@ -127,18 +102,22 @@ def _wrong_family(at: Situation) -> Iterator[Problem]:
     foreign = FLOW_ONLY if at.spec.objective == "diffusion" else DIFFUSION_ONLY
     for name in foreign:
         if at.given(name):
-            yield _warning(
+            yield warning_about(
                 "option_no_effect", name, f"--{name} has no effect: {at.spec.title} is a {at.spec.objective} model."
             )
     if at.values["clip_skip"] and not any("clip" in slot.encoder and not slot.pooled for slot in at.spec.text):
-        yield _warning(
+        yield warning_about(
             "option_no_effect", "clip_skip", f"--clip_skip has no effect: {at.spec.title} uses no CLIP hidden states."
         )
-    if at.values["prediction_type"] == "flow_matching" and at.spec.objective == "diffusion":
-        yield _error("incompatible_options", "prediction_type", f"{at.spec.title} is no flow-matching family.")
+    is_flow = at.values["prediction_type"] == "flow_matching"
+    if at.values["prediction_type"] is not None and is_flow != (at.spec.objective == "flow"):
+        message = f"{at.spec.title} is {'a' if at.spec.objective == 'flow' else 'no'} flow-matching family."
+        yield error_about("incompatible_options", "prediction_type", message)
     for name in TRACKER_OPTIONS:
         if at.given(name) and at.values["report_to"] == "none":
-            yield _warning("option_no_effect", name, f"--{name} has no effect: there is no tracker (--report_to none).")
+            yield warning_about(
+                "option_no_effect", name, f"--{name} has no effect: there is no tracker (--report_to none)."
+            )
 
 
 _ACTS_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -169,14 +148,14 @@ def _dependent(at: Situation) -> Iterator[Problem]:
         value = at.values[switch]
         if at.given(name) and value not in active:
             shown = str(value).lower() if isinstance(value, bool) else value
-            yield _warning("option_no_effect", name, f"--{name} has no effect: --{switch} is {shown}.")
+            yield warning_about("option_no_effect", name, f"--{name} has no effect: --{switch} is {shown}.")
 
 
 def _alignment(at: Situation) -> Iterator[Problem]:
     if at.given("aspect_bucket_alignment"):
         fixed = at.spec.layer_values(at.values["model_flavour"])["aspect_bucket_alignment"]
         if at.values["aspect_bucket_alignment"] != fixed:
-            yield _error(
+            yield error_about(
                 "incompatible_options",
                 "aspect_bucket_alignment",
                 f"{at.spec.title} fixes --aspect_bucket_alignment at {fixed}.",
@@ -222,24 +201,26 @@ def _timesteps(at: Situation) -> Iterator[Problem]:
     begin, end = at.values["timestep_bias_begin"], at.values["timestep_bias_end"]
     if at.values["timestep_bias_strategy"] == "range" and begin >= end:
         message = f"timestep_bias_begin ({begin}) is not below timestep_bias_end ({end})."
-        yield _error("incompatible_options", "timestep_bias_begin", message, "The end itself is not in the range.")
+        yield error_about("incompatible_options", "timestep_bias_begin", message, "The end itself is not in the range.")
     strength, inverted = at.values["refiner_training_strength"], at.values["refiner_training_invert_schedule"]
     if at.values["refiner_training"] and strength == (1 if inverted else 0):
         message = f"With a strength of {strength:g} no timestep is left to train on."
-        yield _error("incompatible_options", "refiner_training_strength", message, "Choose a share between 0 and 1.")
+        yield error_about(
+            "incompatible_options", "refiner_training_strength", message, "Choose a share between 0 and 1."
+        )
 
 
 def _validation_sizes(at: Situation) -> Iterator[Problem]:
     try:
         parse_resolutions(at.values["validation_resolution"])
     except UserError as error:
-        yield _error(error.code, "validation_resolution", error.message, error.hint)
+        yield error_about(error.code, "validation_resolution", error.message, error.hint)
 
 
 def _warmup(at: Situation) -> Iterator[Problem]:
     steps, warmup = at.values["max_train_steps"], at.values["lr_warmup_steps"]
     if steps and warmup >= steps:
-        yield _warning(
+        yield warning_about(
             "warmup_too_long",
             "lr_warmup_steps",
             f"The warm-up of {warmup} steps is as long as the run of {steps}: the full rate is never reached.",
@@ -326,6 +307,9 @@ def _places(at: Situation) -> Iterator[Problem]:
 _RULES: tuple[tuple[Callable[[Situation], Iterator[Problem]], tuple[str, ...]], ...] = (
     (_run_length, ("max_train_steps", "num_train_epochs")),
     (_model_type, ("base_model_precision", "mixed_precision", "model_type")),
+    (adapter_rule, ("model_type", "lora_type", "lycoris_config")),
+    (flux_rule, ("model_flavour", "flux_fast_schedule", "flux_guidance_min", "flux_guidance_max")),
+    (reference_rule, ("model_flavour", "datasets")),
     (_optimizer, ("optimizer",)),
     (_wrong_family, ("clip_skip", "prediction_type", "report_to")),
     (_dependent, tuple({switch for switch, _ in _ACTS_WITH.values()})),

@@ -9,6 +9,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, SerializeAsAny
 
 from simpletuner.config.dataset_options import ConditioningDataset, Dataset, EvalDataset, ImageDataset, TextEmbeds
+from simpletuner.config.flux_options import FluxOptions
 from simpletuner.config.model_options import AdapterOptions, ModelOptions, PrecisionOptions
 from simpletuner.config.option import OptionField, OptionGroup, fields_of
 from simpletuner.config.publishing_options import PublishingOptions
@@ -25,6 +26,7 @@ from simpletuner.families.spec import FamilySpec, NoFamilyOptions
 GROUPS: dict[str, type[OptionGroup]] = {
     "model": ModelOptions,
     "adapter": AdapterOptions,
+    "flux": FluxOptions,
     "precision": PrecisionOptions,
     "run": RunOptions,
     "optimizer": OptimizerOptions,
@@ -43,6 +45,7 @@ class TrainConfig(BaseModel):
 
     model: ModelOptions
     adapter: AdapterOptions
+    flux: FluxOptions
     precision: PrecisionOptions
     run: RunOptions
     optimizer: OptimizerOptions

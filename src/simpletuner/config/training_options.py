@@ -111,6 +111,24 @@ class LossOptions(OptionGroup):
     flow_schedule_shift: Annotated[NonNegativeFloat, Ui(tab="training", order=42)] = 3.0
     """Shift of the noise levels. Flow-matching families."""
 
+    flow_schedule_auto_shift: Annotated[bool, Ui(tab="training", order=47)] = False
+    """Let the shift follow the number of image tokens, as the sampler does."""
+
+    flow_sigmoid_scale: Annotated[PositiveFloat, Ui(tab="training", order=48)] = 1.0
+    """Spread of the noise levels: σ = sigmoid(scale · n) with normal n."""
+
+    flow_use_uniform_schedule: Annotated[bool, Ui(tab="training", order=49)] = False
+    """Draw noise levels evenly."""
+
+    flow_use_beta_schedule: Annotated[bool, Ui(tab="training", order=53)] = False
+    """Draw noise levels from a beta distribution."""
+
+    flow_beta_schedule_alpha: Annotated[PositiveFloat, Ui(tab="training", order=54)] = 2.0
+    """First shape of the beta distribution."""
+
+    flow_beta_schedule_beta: Annotated[PositiveFloat, Ui(tab="training", order=55)] = 2.0
+    """Second shape of the beta distribution."""
+
     refiner_training: Annotated[bool, Ui(tab="training", order=43)] = False
     """Train one expert's range of timesteps only."""
 

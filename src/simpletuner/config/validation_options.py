@@ -84,8 +84,11 @@ class ValidationOptions(OptionGroup):
     validation_external_background: Annotated[bool, Ui(tab="validation", order=24, later=True)] = False
     """Do not wait for that program."""
 
-    eval_dataset_id: Annotated[str | None, Ui(tab="validation", order=30, later=True)] = None
-    """Dataset whose pictures edit families validate on."""
+    eval_dataset_id: Annotated[str | None, Ui(tab="validation", order=30)] = None
+    """Dataset whose references edit families validate on; empty: the first one that is trained on."""
+
+    num_eval_images: Annotated[PositiveInt, Ui(tab="validation", order=29)] = 4
+    """References that each prompt is drawn on."""
 
     eval_steps_interval: Annotated[PositiveInt | None, Ui(tab="validation", order=31)] = None
     """Steps between two held-out losses; empty: with each validation."""

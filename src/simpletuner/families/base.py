@@ -53,6 +53,8 @@ class ImageRequest:
     steps: int
     guidance: float
     seed: int
+    references: tuple[Tensor, ...] = ()
+    """Latents C×H×W of the pictures that an edit starts from."""
 
 
 Draw = Callable[[ImageRequest], Image.Image]

@@ -10,9 +10,10 @@ from simpletuner.families.spec import FamilySpec
 
 SPECS: dict[str, str] = {
     "pixart_sigma": "simpletuner.families.pixart_sigma.spec:SPEC",
+    "flux": "simpletuner.families.flux.spec:SPEC",
 }
 
-LATER = ("flux", "sdxl", "sd3", "flux2", "z_image", "qwen_image", "wan")
+LATER = ("sdxl", "sd3", "flux2", "z_image", "qwen_image", "wan")
 """Families of the contract that are not built yet."""
 
 

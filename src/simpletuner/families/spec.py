@@ -29,6 +29,10 @@ class Flavour:
     embedded: bool = False
     alignment: int = 64
     """Pixels that both sides of a training target are multiples of."""
+    tokens: int | None = None
+    """Text tokens, where they are not the family's."""
+    edits_references: bool = False
+    """Whether every sample must come with a reference picture."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +72,12 @@ class FamilySpec:
     values: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Option values of every flavour; a flavour's own win over them."""
     options: type[OptionGroup] = NoFamilyOptions
+    unquantised: tuple[str, ...] = ()
+    """Patterns of the Linear modules that stay as they are in a quantised base."""
+    attention_classes: tuple[str, ...] = ()
+    """Classes that `Attention` stands for in a LyCORIS preset."""
+    lora_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    """Presets of a LoRA's modules; `all` is the default one."""
 
     def layer_values(self, flavour: str) -> dict[str, Any]:
         """The `flavour` layer of option resolution."""

@@ -83,9 +83,19 @@ def find_problems(core: Core, name: str) -> Findings:
 
 
 def starter_datasets(name: str, *, family: str, flavour: str | None, data_root: Path) -> list[dict[str, Any]]:
-    """One image and one text_embeds entry; a person fills in where the pictures are."""
+    """One image and one text_embeds entry, and references for an edit family; a person fills in where they are."""
     spec = load_spec(family)
-    native = spec.flavours[flavour or spec.default_flavour].native_resolution
+    chosen = spec.flavours[flavour or spec.default_flavour]
+    native = chosen.native_resolution
+    pair = {"conditioning_data": [f"{name}-references"]} if chosen.edits_references else {}
+    references = {
+        "id": f"{name}-references",
+        "type": "local",
+        "dataset_type": "conditioning",
+        "instance_data_dir": str(data_root / f"{name}-references"),
+        "conditioning_type": "reference_strict",
+        "cache_dir_vae": f"cache/{name}/vae-references",
+    }
     return [
         {
             "id": f"{name}-images",
@@ -97,7 +107,9 @@ def starter_datasets(name: str, *, family: str, flavour: str | None, data_root: 
             "resolution_type": "pixel_area",
             "cache_dir_vae": f"cache/{name}/vae",
             "crop": False,
+            **pair,
         },
+        *([references] if pair else []),
         {
             "id": f"{name}-text-embeds",
             "type": "local",

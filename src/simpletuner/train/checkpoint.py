@@ -15,10 +15,8 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from simpletuner import __version__
 from simpletuner.checkpoints import (
@@ -35,9 +33,9 @@ from simpletuner.errors import ExitCode, UserError
 from simpletuner.events import Checkpoint
 from simpletuner.train.report import Reporter
 from simpletuner.train.state import TrainState, restore_rng, rng_tensors
+from simpletuner.train.trained import Trained
 from simpletuner.train.update import Update
 
-DENOISER = "transformer"
 OPTIMIZER = "optimizer-rank0.safetensors"
 RNG = "rng-rank0.safetensors"
 
@@ -55,7 +53,7 @@ class CheckpointSaver:
 
     def save(
         self,
-        denoiser: nn.Module,
+        trained: Trained,
         update: Update,
         state: TrainState,
         *,
@@ -67,7 +65,7 @@ class CheckpointSaver:
         try:
             with self._reporter.stage("checkpoint_save", "Saving a checkpoint"):
                 self._check_space()
-                folder = self._write(denoiser, update, state)
+                folder = self._write(trained, update, state)
         except (OSError, SafetensorError) as error:
             self._reporter.fail_stages("checkpoint_save")
             self._on_failure(state, error)
@@ -87,12 +85,10 @@ class CheckpointSaver:
         # A run that went back to an older step has newer ones beside it: the one just saved stays in any case.
         prune_checkpoints(self._output_dir, self._limit, keep=frozenset({folder.name}))
 
-    def _write(self, denoiser: nn.Module, update: Update, state: TrainState) -> CheckpointFolder:
+    def _write(self, trained: Trained, update: Update, state: TrainState) -> CheckpointFolder:
         folder = temporary_folder(self._output_dir, state.step)
         try:
-            save_module(denoiser, folder / DENOISER)
-            if update.ema is not None:
-                save_ema(denoiser, update, folder / f"{DENOISER}_ema")
+            trained.save(folder, update)
             save_file(update.state_tensors(), folder / OPTIMIZER)
             save_file(rng_tensors(), folder / RNG)
             record = {**state.as_dict(), **self._facts, "layout": update.layout, "versions": versions()}
@@ -117,23 +113,6 @@ class CheckpointSaver:
         if self._failures > 1:
             raise UserError("disk_full", message, hint=hint, exit_code=ExitCode.STORAGE) from error
         self._reporter.warn("checkpoint_failed", message, hint=hint)
-
-
-def save_module(module: nn.Module, folder: Path) -> None:
-    if not isinstance(module, ModelMixin):
-        raise TypeError(f"{type(module).__name__} is no diffusers model")
-    module.save_pretrained(folder)
-
-
-def save_ema(denoiser: nn.Module, update: Update, folder: Path) -> None:
-    """The moving average as a loadable diffusers model, in fp32."""
-    assert update.ema is not None
-    tensors = {name: value.detach().clone() for name, value in denoiser.state_dict().items()}
-    tensors |= {name: value.contiguous() for name, value in update.ema.named_tensors()}
-    folder.mkdir()
-    assert isinstance(denoiser, ModelMixin)
-    denoiser.save_config(folder)
-    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,9 +180,12 @@ def load_checkpoint(point: ResumePoint, update: Update, device: torch.device) ->
 
 def run_facts(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
     """What a checkpoint says of its run, and what a resumed run is compared with."""
+    base = config.precision.base_model_precision
     return {
         "family": config.model.model_family,
         "model_type": config.model.model_type,
+        "lora_type": config.adapter.lora_type if config.model.model_type == "lora" else None,
+        "base": [config.model.pretrained_model_name_or_path, config.model.revision, base],
         "optimizer": config.optimizer.optimizer,
         "use_ema": config.precision.use_ema,
         "batch_layout": {
@@ -219,11 +201,12 @@ def run_facts(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
 def check_resume(point: ResumePoint, facts: Mapping[str, Any], config: TrainConfig, reporter: Reporter) -> bool:
     """Whether the run goes on exactly. Raises UserError `resume_incompatible` for what cannot go on at all."""
     record = point.record
-    for name in ("family", "model_type", "optimizer", "use_ema"):
-        if record[name] != facts[name]:
+    for name in ("family", "model_type", "lora_type", "optimizer", "use_ema"):
+        # Checkpoints from before there were adapters do not say `lora_type`.
+        if record.get(name) != facts[name]:
             raise UserError(
                 "resume_incompatible",
-                f"{point.folder.name} was made with {name} {record[name]!r}, this run has {facts[name]!r}.",
+                f"{point.folder.name} was made with {name} {record.get(name)!r}, this run has {facts[name]!r}.",
                 hint="Choose another --output_dir, or set --resume_from_checkpoint to nothing.",
                 pointer=f"/--{'model_family' if name == 'family' else name}",
             )
@@ -257,6 +240,7 @@ def versions() -> dict[str, str]:
 def _readme(state: TrainState, facts: Mapping[str, Any]) -> str:
     return (
         f"# Checkpoint at step {state.step}\n\n"
-        f"A {facts['model_type']} fine-tune of {facts['family']}. `{DENOISER}/` opens with diffusers; the other files\n"
+        f"A {facts['model_type']} fine-tune of {facts['family']} ({facts['base'][0]}, {facts['base'][2]}).\n"
+        "The weights open with diffusers, an adapter with peft or lycoris; the other files\n"
         "let the same run go on. `checkpoint_manifest.json` binds all of them by SHA-256.\n"
     )

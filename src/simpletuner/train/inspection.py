@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from simpletuner.errors import ExitCode, UserError
 from simpletuner.families.base import Draw, Family
 from simpletuner.train.checkpoint import CheckpointSaver
 from simpletuner.train.due import Due
@@ -19,11 +16,9 @@ from simpletuner.train.metrics import Metrics
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import Requests
 from simpletuner.train.state import TrainState
+from simpletuner.train.trained import Trained
 from simpletuner.train.update import Update
 from simpletuner.train.validation import Drawing, EmaMode, Validation, hash_weights, weights_to_draw
-
-_TOLERANCE = 1e-3
-"""Relative difference that the re-read export may show on one forward pass."""
 
 
 @dataclass(slots=True)
@@ -31,7 +26,7 @@ class Inspection:
     """Looks at and keeps the weights of the moment. `draw` is built when the first image is asked for."""
 
     family: Family
-    denoiser: nn.Module
+    trained: Trained
     update: Update
     validation: Validation
     held_out: list[HeldOut]
@@ -41,16 +36,18 @@ class Inspection:
     due: Due
     output_dir: Path
     device: torch.device
-    probe: Callable[[nn.Module], torch.Tensor]
-    """One forward pass on fixed input: compares an export with what was trained."""
     ema_mode: EmaMode = "comparison"
     _draw: Draw | None = field(default=None, init=False)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.trained.denoiser
 
     def checkpoint(self, state: TrainState, requests: Requests) -> None:
         """Metrics are read first: weights that a non-finite number ended with are never saved."""
         self.metrics.drain()
         is_final = self.due.end(state)
-        self.saver.save(self.denoiser, self.update, state, is_final=is_final, request_ids=requests.checkpoint)
+        self.saver.save(self.trained, self.update, state, is_final=is_final, request_ids=requests.checkpoint)
 
     def validate(self, state: TrainState, requests: Requests) -> None:
         self.metrics.drain()
@@ -81,27 +78,9 @@ class Inspection:
                 record.write_text(name)
 
     def export(self) -> Path:
-        """Write `<output_dir>/pipeline`, averaged weights if there are any; compare it with what was trained."""
-        place = self.output_dir / "pipeline"
-        beside = self.output_dir / ".pipeline-tmp"
-        shutil.rmtree(beside, ignore_errors=True)
+        """Write what was trained for others to open, and re-read it."""
         with self.reporter.stage("model_save", "Saving the model"):
-            weights = weights_to_draw(self.update.ema, "ema_only")[0]
-            self.denoiser.eval()
-            with weights.hold(), torch.inference_mode():
-                self.family.export_pipeline(beside, self.denoiser)
-                wanted = self.probe(self.denoiser).float()
-            reread = self.family.load_denoiser(beside / "transformer").to(self.device).eval()
-            with torch.inference_mode():
-                found = self.probe(reread).float()
-            self._check_export(wanted, found)
-            old = self.output_dir / ".pipeline-old"
-            shutil.rmtree(old, ignore_errors=True)
-            if place.exists():
-                place.rename(old)
-            beside.rename(place)
-            shutil.rmtree(old, ignore_errors=True)
-        return place
+            return self.trained.export(self.output_dir, self.update)
 
     def final_validation(self, step: int, pipeline: Path) -> None:
         """Drawn from the exported files, so that what is shown is what was saved."""
@@ -109,7 +88,7 @@ class Inspection:
             self.reporter.skip_stage("final_validation", "Drawing from the saved model")
             return
         with self.reporter.stage("final_validation", "Drawing from the saved model"):
-            saved = self.family.load_denoiser(pipeline / "transformer").to(self.device).eval()
+            saved = self.trained.reread(pipeline, self.device)
             draw = self.family.validation_pipeline(saved, self.device)
             fingerprint = hash_weights(self.update.buffers)
             drawing = Drawing(step=step, cause="end", fingerprint=fingerprint)
@@ -129,13 +108,3 @@ class Inspection:
         if self._draw is None:
             self._draw = self.family.validation_pipeline(self.denoiser, self.device)
         return self._draw
-
-    def _check_export(self, wanted: torch.Tensor, found: torch.Tensor) -> None:
-        difference = ((wanted - found).abs().max() / wanted.abs().max().clamp(min=1e-12)).item()
-        if not difference <= _TOLERANCE:
-            raise UserError(
-                "export_mismatch",
-                f"The saved model computes something else than the trained one (difference {difference:.2e}).",
-                hint="The checkpoint is whole; the previous export was left in its place.",
-                exit_code=ExitCode.STORAGE,
-            )

@@ -16,13 +16,16 @@ from simpletuner.config.prompt import plan_pictures, plan_prompts
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.loader import Loader
 from simpletuner.data.plan import EpochPlan, check_full_batch
+from simpletuner.diffusion.flow import FlowObjective
 from simpletuner.diffusion.loss import Loss
-from simpletuner.diffusion.objective import DiffusionObjective
+from simpletuner.diffusion.objective import DiffusionObjective, Objective
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.events import Event, EventType, Severity, SummaryData, TrainingStatusData
 from simpletuner.families.base import DTYPES, Family, build_family
 from simpletuner.families.registry import load_spec
+from simpletuner.families.weights import weight_dtype
 from simpletuner.job import JobDir
+from simpletuner.train.adapters import attach_adapter
 from simpletuner.train.buffer import build_buffers
 from simpletuner.train.checkpoint import (
     CheckpointSaver,
@@ -35,7 +38,7 @@ from simpletuner.train.checkpoint import (
 from simpletuner.train.due import Due
 from simpletuner.train.ema import Ema
 from simpletuner.train.heldout import HeldOut
-from simpletuner.train.inputs import Inputs, Preparation
+from simpletuner.train.inputs import Inputs, Preparation, Reference
 from simpletuner.train.inspection import Inspection
 from simpletuner.train.loop import Outcome, Run, train
 from simpletuner.train.metrics import Metrics, keep_metrics_until, peak_memory_bytes
@@ -43,6 +46,7 @@ from simpletuner.train.optim import build_optimizers
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import RequestReader
 from simpletuner.train.state import TrainState, seed_generators
+from simpletuner.train.trained import AdapterWeights, FullWeights, Trained, load_adapter_file
 from simpletuner.train.update import Update
 from simpletuner.train.validation import Validation
 
@@ -131,39 +135,58 @@ class _Builder:
             point.state.position = plan.position_after(point.state.samples // plan.group_size)
         remove_temporary(self._output_dir)
         with reporter.stage("init_load_base_model", "Loading the model"):
-            denoiser = self._load_denoiser(None)
+            denoiser = self._family.load_denoiser().to(self._device)
         with reporter.stage("init_prepare_models", "Preparing the model"):
+            trained = self._prepare(denoiser)
             update = self._build_update(denoiser, total)
             file = self._output_dir / "training_metrics.jsonl"
             keep_metrics_until(file, point.state.step if point else 0)
             metrics = Metrics(reporter.emit, file, total, self._device)
             saver = CheckpointSaver(self._output_dir, config.checkpoint.checkpoints_total_limit, facts, reporter)
-            inspection = self._build_inspection(denoiser, update, saver, metrics, total)
+            inspection = self._build_inspection(trained, update, saver, metrics, total)
         if config.validation.disable_benchmark:
             reporter.skip_stage("benchmark_base_model", "Drawing the base model")
         else:
             inspection.benchmark(config.model.pretrained_model_name_or_path)
-        state = self._resume(point, denoiser, update)
+        state = self._resume(point, trained, update)
         run = self._build_run(denoiser, update, state, metrics, inspection, plan)
         final_epoch = plan.position_after(total * self._accumulation).epoch
         return Built(run[0], inspection, run[1], metrics, point.folder.name if point else None, final_epoch, started_at)
 
-    def _load_denoiser(self, folder: Path | None) -> nn.Module:
-        denoiser = self._family.load_denoiser(folder).to(self._device)
-        denoiser.requires_grad_(True)
+    def _prepare(self, denoiser: nn.Module) -> Trained:
+        """Choose what is trained, and how activations are kept."""
+        config = self._config
+        # Again, so that an adapter begins alike whatever had to be encoded before.
+        seed_generators(self._seed)
+        if config.model.model_type == "lora":
+            adapter = attach_adapter(denoiser, config, self._family.spec)
+            if config.adapter.init_lora:
+                load_adapter_file(adapter, config.adapter.init_lora)
+            facts = adapter.facts()
+            message = f"{facts['library']} {facts['algo']} on {facts['modules']} modules."
+            self._reporter.notify("adapter_attached", message, **facts)
+            trained: Trained = AdapterWeights(denoiser, adapter)
+        else:
+            denoiser.requires_grad_(True)
+            trained = FullWeights(self._family, denoiser, self._probe)
         denoiser.train()
-        if self._config.model.gradient_checkpointing:
+        if config.model.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
-        return denoiser
+        return trained
 
     def _build_update(self, denoiser: nn.Module, total: int) -> Update:
         config = self._config
         buffers = build_buffers(denoiser)
         ema = Ema(buffers, config.precision.ema_decay) if config.precision.use_ema else None
         optimizers = build_optimizers(config.optimizer.optimizer, buffers, self._seed)
-        return Update(buffers, optimizers, config.optimizer, total, ema)
+        keeps = config.model.model_type == "lora"
+        return Update(buffers, optimizers, config.optimizer, total, ema, keeps_weights=keeps)
 
-    def _objective(self) -> DiffusionObjective:
+    def _objective(self) -> Objective:
+        spec = self._family.spec
+        if spec.objective == "flow":
+            scheduler, options = self._family.scheduler_config(), self._config
+            return FlowObjective(scheduler, options.loss, options.flux, seed=self._seed, patch=spec.latent.patch)
         prediction = self._config.model.prediction_type
         assert prediction != "flow_matching"
         return DiffusionObjective(
@@ -175,14 +198,17 @@ class _Builder:
         )
 
     def _build_inspection(
-        self, denoiser: nn.Module, update: Update, saver: CheckpointSaver, metrics: Metrics, total: int
+        self, trained: Trained, update: Update, saver: CheckpointSaver, metrics: Metrics, total: int
     ) -> Inspection:
         config = self._config
-        pictures = plan_pictures(config, plan_prompts(config.validation))
-        validation = Validation(config.validation, pictures, self._inputs.prompts, self._output_dir, self._reporter)
+        references = self._references()
+        pictures = plan_pictures(config, plan_prompts(config.validation), len(references))
+        validation = Validation(
+            config.validation, pictures, self._inputs.prompts, self._output_dir, self._reporter, references
+        )
         return Inspection(
             family=self._family,
-            denoiser=denoiser,
+            trained=trained,
             update=update,
             validation=validation,
             held_out=[] if config.validation.eval_loss_disable else self._build_held_out(),
@@ -192,9 +218,16 @@ class _Builder:
             due=Due.from_config(config, total),
             output_dir=self._output_dir,
             device=self._device,
-            probe=self._probe,
             ema_mode=config.precision.ema_validation,
         )
+
+    def _references(self) -> list[Reference]:
+        """What an edit family draws on: the first pictures of `eval_dataset_id`, else of the first dataset."""
+        config = self._config
+        if not self._family.spec.flavours[config.model.model_flavour].edits_references:
+            return []
+        name = config.validation.eval_dataset_id or config.image_datasets[0].id
+        return self._inputs.validation_references(name, config.validation.num_eval_images)
 
     def _build_held_out(self) -> list[HeldOut]:
         # Held-out captions are never dropped: the loss is of the pictures as they are described.
@@ -215,17 +248,14 @@ class _Builder:
             for entry in self._config.eval_datasets
         ]
 
-    def _resume(self, point: ResumePoint | None, denoiser: nn.Module, update: Update) -> TrainState:
+    def _resume(self, point: ResumePoint | None, trained: Trained, update: Update) -> TrainState:
         if point is None:
             self._reporter.skip_stage("init_resume_checkpoint", "Resuming")
             # Again, so that training starts alike whatever had to be encoded or loaded before.
             seed_generators(self._seed)
             return TrainState()
         with self._reporter.stage("init_resume_checkpoint", "Resuming"):
-            saved = self._family.load_denoiser(point.folder.path / "transformer").state_dict()
-            with torch.no_grad():
-                for name, value in denoiser.state_dict().items():
-                    value.copy_(saved[name])
+            trained.load(point.folder.path)
             load_checkpoint(point, update, self._device)
         return point.state
 
@@ -255,7 +285,7 @@ class _Builder:
             due=inspection.due,
             inspection=inspection,
             accumulation=self._accumulation,
-            autocast=_autocast(config, denoiser),
+            autocast=_autocast(config),
         )
         return run, loader
 
@@ -277,10 +307,12 @@ def total_steps(config: TrainConfig, plan: EpochPlan) -> int:
     return math.ceil(plan.groups_before(config.run.num_train_epochs) / config.run.gradient_accumulation_steps)
 
 
-def _autocast(config: TrainConfig, denoiser: nn.Module) -> torch.dtype | None:
-    """fp32 weights may compute in a smaller type; smaller weights compute in their own."""
+def _autocast(config: TrainConfig) -> torch.dtype | None:
+    """fp32 weights may compute in a smaller type; smaller weights compute in their own, an adapter in its base's."""
     wanted = DTYPES.get(config.precision.mixed_precision)
-    weights = next(denoiser.parameters()).dtype
+    weights = weight_dtype(config)
+    if config.model.model_type == "lora" and weights is not torch.float32:
+        return weights
     return wanted if weights is torch.float32 and wanted is not None else None
 
 

@@ -22,7 +22,11 @@ class Update:
         options: OptimizerOptions,
         total_steps: int,
         ema: Ema | None,
+        *,
+        keeps_weights: bool = False,
     ) -> None:
+        """`keeps_weights`: the trained weights are part of the state, not only of a file that others read."""
+        self._keeps_weights = keeps_weights
         self.buffers = buffers
         self.optimizers = optimizers
         self.ema = ema
@@ -47,6 +51,8 @@ class Update:
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything of optimizers and moving average that a restart needs."""
         tensors: dict[str, Tensor] = {}
+        if self._keeps_weights:
+            tensors |= {f"weights.{index}": buffer.weights for index, buffer in enumerate(self.buffers)}
         for index, optimizer in enumerate(self.optimizers):
             tensors |= {f"optimizer.{index}.{name}": value for name, value in optimizer.state.items()}
         if self.ema is not None:
@@ -56,6 +62,9 @@ class Update:
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Copy into place. Raises KeyError when a tensor is missing, RuntimeError when one does not fit."""
+        if self._keeps_weights:
+            for index, buffer in enumerate(self.buffers):
+                buffer.weights.copy_(tensors[f"weights.{index}"])
         for index, optimizer in enumerate(self.optimizers):
             for name, value in optimizer.state.items():
                 value.copy_(tensors[f"optimizer.{index}.{name}"])

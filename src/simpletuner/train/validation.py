@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from simpletuner.events import ValidationData, ValidationImageData
 from simpletuner.families.base import Draw, ImageRequest
 from simpletuner.train.buffer import FlatParameters
 from simpletuner.train.ema import Ema
+from simpletuner.train.inputs import Reference
 from simpletuner.train.report import Reporter, StageReport
 
 EmaMode = Literal["comparison", "ema_only", "none"]
@@ -58,10 +59,12 @@ class Validation:
         prompts: Mapping[str, dict[str, Tensor]],
         output_dir: Path,
         reporter: Reporter,
+        references: Sequence[Reference] = (),
     ) -> None:
         self._options = options
         self._pictures = pictures
         self._prompts = prompts
+        self._references = references
         self._output_dir = output_dir
         self._reporter = reporter
 
@@ -119,6 +122,9 @@ class Validation:
             guidance=options.validation_guidance,
             seed=picture.seed,
         )
+        reference = None if picture.reference is None else self._references[picture.reference]
+        if reference is not None:
+            request = replace(request, references=reference.latents)
         image = draw(request)
         file = self._file(picture, drawing, suffix)
         facts = {
@@ -130,6 +136,8 @@ class Validation:
             "global_step": drawing.step,
             "weights": drawing.fingerprint,
         }
+        if reference is not None:
+            facts["reference"] = reference.sample
         write_image(image, file, facts, options.validation_image_quality)
         data = ValidationImageData(
             step=steps,
@@ -159,9 +167,10 @@ class Validation:
 
     def benchmark_fingerprint(self, base: str) -> str:
         """Names the base images: as long as it holds, they need not be drawn again."""
-        rows = [(p.prompt.text, p.width, p.height, p.seed) for p in self._pictures]
+        rows = [(p.prompt.text, p.width, p.height, p.seed, p.reference) for p in self._pictures]
         options = self._options
-        facts = [base, rows, options.validation_num_inference_steps, options.validation_guidance]
+        samples = [reference.sample for reference in self._references]
+        facts = [base, rows, samples, options.validation_num_inference_steps, options.validation_guidance]
         facts += [
             options.validation_negative_prompt,
             options.validation_noise_scheduler,

@@ -24,6 +24,7 @@ from simpletuner.families.encoders import AutoencoderLatents, fingerprint
 from simpletuner.families.repository import Repository
 from simpletuner.families.samplers import build_sampler
 from simpletuner.families.spec import FamilySpec
+from simpletuner.families.weights import load_base_model, weight_dtype
 
 TOKENS = 300
 
@@ -77,7 +78,7 @@ class PixArtSigma:
     def load_denoiser(self, folder: Path | None = None) -> nn.Module:
         source = folder or self._transformer.part(self._config.model.pretrained_transformer_subfolder)
         variant = None if folder else self._transformer.variant
-        return PixArtTransformer2DModel.from_pretrained(source, torch_dtype=self.weight_dtype, variant=variant)
+        return load_base_model(PixArtTransformer2DModel, source, self._config, self.spec, variant=variant)
 
     def picture_fingerprint(self) -> str:
         return fingerprint(kind="AutoencoderKL", files=self._vae.hash_of(["vae"]), dtype=self._config.model.vae_dtype)
@@ -196,8 +197,3 @@ def draw_image(pipeline: Any, request: ImageRequest, device: torch.device) -> Im
         generator=torch.Generator().manual_seed(request.seed),
         use_resolution_binning=False,
     ).images[0]
-
-
-def weight_dtype(config: TrainConfig) -> torch.dtype:
-    """`base_model_precision` where it names a type, else `base_model_default_dtype`."""
-    return DTYPES.get(config.precision.base_model_precision, DTYPES[config.precision.base_model_default_dtype])

@@ -55,7 +55,10 @@ SPEC = FamilySpec(
     },
     latent=LatentGeometry(channels=4, stride=8, patch=2),
     text=(TextSlot(encoder="t5", length=300, width=4096, masked=True),),
-    supports=frozenset({Capability.FULL}),
+    supports=frozenset({Capability.FULL, Capability.LORA, Capability.LYCORIS}),
     values={"max_grad_norm": 0.01, "validation_guidance": 4.5},
+    unquantised=("pos_embed.*", "adaln_single.*", "caption_projection.*", "proj_out"),
+    attention_classes=("Attention",),
+    lora_targets={"all": ("to_k", "to_q", "to_v", "to_out.0")},
     implementation="simpletuner.families.pixart_sigma.family:PixArtSigma",
 )

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import simpletuner
 from simpletuner.config.environments import Environments
+from simpletuner.config.lycoris import FILE, generated_text
+from simpletuner.config.model_options import AdapterOptions
 from simpletuner.errors import UserError
 from simpletuner.events import utc_now
 from simpletuner.families.registry import load_spec
@@ -122,7 +124,8 @@ def create_environment(core: CoreDep, identity: IdentityDep, body: NewEnvironmen
     elif body.dataloader_path is not None:
         config["--data_backend_config"] = body.dataloader_path
     notes: dict[str, Any] = {"description": body.description, "tags": body.tags or [], "owner": identity.user_id}
-    core.environments.create(name, checked(config), notes, datasets)
+    lycoris = generated_text(AdapterOptions()) if config.get("--lora_type") == "lycoris" else None
+    core.environments.create(name, checked(config), notes, datasets, lycoris)
     core.announce_config(name, "created")
     return MadeEnvironment(
         message=f"Environment {name} created", environment=show(core, name), config=config, dataloader=place
@@ -130,10 +133,6 @@ def create_environment(core: CoreDep, identity: IdentityDep, body: NewEnvironmen
 
 
 def _identity(name: str, body: NewEnvironment) -> dict[str, Any]:
-    if body.lora_type == "lycoris":
-        raise UserError(
-            "option_not_supported_yet", "LyCORIS is not supported yet.", hint="Use standard.", pointer="/lora_type"
-        )
     spec = load_spec(body.model_family)
     if body.model_flavour is not None and body.model_flavour not in spec.flavours:
         hint = did_you_mean(body.model_flavour, spec.flavours) or f"Known: {', '.join(spec.flavours)}."
@@ -145,6 +144,7 @@ def _identity(name: str, body: NewEnvironment) -> dict[str, Any]:
         "--model_flavour": body.model_flavour,
         "--model_type": body.model_type,
         "--lora_type": lora_type,
+        "--lycoris_config": f"{name}/{FILE}" if lora_type == "lycoris" else None,
         "--output_dir": f"output/{name}",
     }
     return {option: value for option, value in given.items() if value is not None}

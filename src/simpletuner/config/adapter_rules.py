@@ -1,0 +1,83 @@
+"""Rules about adapters, and about families that edit reference pictures. training.md §1, §4.4, §4.6."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from simpletuner.config.flux_options import FluxOptions
+from simpletuner.config.lycoris import check_lycoris_config, is_unedited
+from simpletuner.config.situation import Situation, error_about, warning_about
+from simpletuner.errors import Problem
+
+_ADAPTER_ONLY = ("lora_type", "lora_rank", "lora_alpha", "lora_dropout", "lycoris_config", "init_lora")
+_RANK_OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout")
+
+
+def adapter_rule(at: Situation) -> Iterator[Problem]:
+    """Options that describe an adapter need one; of peft and lycoris each has its own."""
+    if at.values["model_type"] != "lora":
+        for name in _ADAPTER_ONLY:
+            if at.given(name):
+                yield warning_about("option_no_effect", name, f"--{name} has no effect: --model_type is full.")
+        return
+    if at.values["lora_type"] == "standard" and at.given("lycoris_config"):
+        message = "--lycoris_config has no effect: --lora_type is standard."
+        yield warning_about("option_no_effect", "lycoris_config", message, "Set --lora_type lycoris.")
+    if at.values["lora_type"] == "lycoris" and at.given("flux_lora_target"):
+        message = "--flux_lora_target has no effect: --lora_type is lycoris."
+        yield warning_about("option_no_effect", "flux_lora_target", message, "Its preset names the modules.")
+    if at.values["lora_type"] == "lycoris" and isinstance(at.values["lycoris_config"], dict):
+        yield from _lycoris(at, at.values["lycoris_config"])
+
+
+def _lycoris(at: Situation, config: dict[str, Any]) -> Iterator[Problem]:
+    yield from check_lycoris_config(config)
+    if is_unedited(config):
+        return
+    for name in _RANK_OPTIONS:
+        if at.given(name):
+            yield warning_about("option_no_effect", name, f"--{name} has no effect: --lycoris_config decides.")
+    if config.get("algo") in ("lokr", "loha") and config.get("dropout"):
+        message = f"dropout has no effect on {config['algo']}: the algorithm has none."
+        yield warning_about("option_no_effect", "lycoris_config", message)
+
+
+def flux_rule(at: Situation) -> Iterator[Problem]:
+    """Flux's own options act on Flux; schnell is trained at its four levels."""
+    if at.spec.name != "flux":
+        for name in FluxOptions.model_fields:
+            if at.given(name):
+                yield warning_about("option_no_effect", name, f"--{name} has no effect: {at.spec.title} is not Flux.")
+        return
+    if at.values["model_flavour"] == "schnell" and not at.values["flux_fast_schedule"]:
+        message = "Schnell is distilled to four noise levels: trained at others it loses them."
+        yield error_about("incompatible_options", "flux_fast_schedule", message, "Set --flux_fast_schedule true.")
+    if at.values["flux_guidance_min"] > at.values["flux_guidance_max"]:
+        message = "flux_guidance_min is above flux_guidance_max."
+        yield error_about("incompatible_options", "flux_guidance_min", message)
+
+
+def reference_rule(at: Situation) -> Iterator[Problem]:
+    """An edit family learns nothing from pictures without a reference."""
+    images = [
+        (pointer, entry)
+        for pointer, entry in zip(at.pointers, at.datasets, strict=True)
+        if entry["dataset_type"] in ("image", "eval") and not entry["disabled"]
+    ]
+    if at.spec.flavours[at.values["model_flavour"]].edits_references:
+        for pointer, entry in images:
+            if not entry["conditioning_data"]:
+                yield Problem(
+                    code="conditioning_required",
+                    message=f"{at.spec.title} {at.values['model_flavour']} edits reference pictures, and dataset "
+                    f"{entry['id']!r} has none.",
+                    hint='Add a dataset of "dataset_type": "conditioning" and name it in "conditioning_data".',
+                    pointer=f"{pointer}/conditioning_data",
+                )
+    wanted = at.values["eval_dataset_id"]
+    if wanted is not None and wanted not in [entry["id"] for _, entry in images]:
+        names = ", ".join(entry["id"] for _, entry in images)
+        yield error_about(
+            "bad_choice", "eval_dataset_id", f"There is no image or eval dataset {wanted!r}.", f"There are: {names}."
+        )
