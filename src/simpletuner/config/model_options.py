@@ -8,7 +8,10 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from simpletuner.config.option import OptionGroup, Ui
 
-Precision = Literal["no_change", "bf16", "fp16", "fp32", "int8-quanto"]
+Precision = Literal[
+    "no_change", "bf16", "fp16", "fp32", "int8-quanto", "int4-quanto", "fp8-quanto", "int8-torchao", "fp8-torchao",
+    "fp8wo-torchao", "int4-torchao", "nf4-bnb",
+]  # fmt: skip
 """Names that are accepted; which of them are built is a rule, so that the answer can say more than "not a choice"."""
 
 

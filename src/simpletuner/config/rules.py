@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from simpletuner.config.adapter_rules import adapter_rule, flux_rule, reference_rule
+from simpletuner.config.model_options import Precision
 from simpletuner.config.pairing import check_pairs
 from simpletuner.config.prompt import parse_resolutions
 from simpletuner.config.situation import Situation, error_about, warning_about
@@ -32,7 +33,7 @@ DIFFUSION_ONLY = (
     "offset_noise", "snr_gamma", "timestep_bias_strategy", "timestep_bias_multiplier", "timestep_bias_portion",
     "timestep_bias_begin", "timestep_bias_end",
 )  # fmt: skip
-QUANTISED = ("int8-quanto",)
+QUANTISED = tuple(name for name in get_args(Precision) if "-" in name)
 TRACKER_OPTIONS = ("tracker_project_name", "tracker_run_name")
 
 
@@ -70,6 +71,9 @@ def _model_type(at: Situation) -> Iterator[Problem]:
             f"A full fine-tune cannot train a base quantised to {at.values['base_model_precision']}.",
             "Use bf16 or fp32, or train an adapter (--model_type lora).",
         )
+    if at.values["base_model_precision"] in at.spec.refused_precisions:
+        message = f"{at.spec.title} cannot be trained over {at.values['base_model_precision']}: it loses too much."
+        yield error_about("incompatible_options", "base_model_precision", message, "Use int8-quanto.")
     if at.values["model_type"] == "lora" and Capability.LORA not in at.spec.supports:
         yield error_about(
             "option_not_supported_yet",

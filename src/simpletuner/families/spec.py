@@ -74,6 +74,8 @@ class FamilySpec:
     options: type[OptionGroup] = NoFamilyOptions
     unquantised: tuple[str, ...] = ()
     """Patterns of the Linear modules that stay as they are in a quantised base."""
+    refused_precisions: tuple[str, ...] = ()
+    """Of `base_model_precision`."""
     attention_classes: tuple[str, ...] = ()
     """Classes that `Attention` stands for in a LyCORIS preset."""
     lora_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])

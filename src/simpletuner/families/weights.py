@@ -10,6 +10,7 @@ from torch import nn
 
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.families.base import DTYPES
+from simpletuner.families.quantize import PRECISIONS, load_quantised
 from simpletuner.families.spec import FamilySpec
 
 
@@ -21,5 +22,10 @@ def weight_dtype(config: TrainConfig) -> torch.dtype:
 def load_base_model(
     kind: Any, folder: Path, config: TrainConfig, spec: FamilySpec, *, variant: str | None = None
 ) -> nn.Module:
-    """A diffusers model of class `kind` from `folder`, on the CPU."""
+    """A diffusers model of class `kind` from `folder`, on the CPU; frozen where it is quantised."""
+    precision = config.precision.base_model_precision
+    if precision in PRECISIONS:
+        return load_quantised(
+            kind, folder, precision, dtype=weight_dtype(config), unquantised=spec.unquantised, variant=variant
+        )
     return kind.from_pretrained(folder, torch_dtype=weight_dtype(config), variant=variant)

@@ -58,6 +58,7 @@ SPEC = FamilySpec(
     supports=frozenset({Capability.FULL, Capability.LORA, Capability.LYCORIS}),
     values={"max_grad_norm": 0.01, "validation_guidance": 4.5},
     unquantised=("pos_embed.*", "adaln_single.*", "caption_projection.*", "proj_out"),
+    refused_precisions=("fp8-quanto",),
     attention_classes=("Attention",),
     lora_targets={"all": ("to_k", "to_q", "to_v", "to_out.0")},
     implementation="simpletuner.families.pixart_sigma.family:PixArtSigma",
