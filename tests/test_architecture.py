@@ -21,6 +21,7 @@ DATA_TABLES: dict[str, str] = {}
 
 EDGES = {
     "train/__main__.py": "the trainer process: a bug becomes an event with its traceback",
+    "train/tracker.py": "trackers: foreign code behind a network, which must never end a run",
     "jobs/runner.py": "the runner: whatever happens, exit.json is written",
     "jobs/supervisor.py": "the supervisor's tick: one broken job does not stop the others",
     "server/boundary.py": "the HTTP boundary: a bug becomes a 500 in the one error shape",

@@ -10,8 +10,8 @@ from simpletuner.config.option import OptionGroup, Ui
 
 
 class PublishingOptions(OptionGroup):
-    report_to: Annotated[str, Ui(tab="publishing", order=1, later=True, off="none")] = "none"
-    """Trackers, comma-separated."""
+    report_to: Annotated[str, Ui(tab="publishing", order=1, off="none")] = "none"
+    """Trackers, comma-separated: `wandb`, `tensorboard`; `all` is both."""
 
     tracker_project_name: Annotated[str, Ui(tab="publishing", order=2)] = "simpletuner"
     """Project name at the tracker."""
@@ -33,3 +33,15 @@ class PublishingOptions(OptionGroup):
 
     post_upload_script: Annotated[str | None, Ui(tab="publishing", order=7, later=True, runs_command=True)] = None
     """Program that is run after each upload."""
+
+
+TRACKERS = ("wandb", "tensorboard")
+TRACKERS_LATER = ("simpletuner", "comet_ml", "mlflow", "swanlab", "custom-tracker")
+
+
+def tracker_names(report_to: str) -> list[str]:
+    """The trackers of `report_to`, each once."""
+    names = [name.strip() for name in report_to.split(",")]
+    if "all" in names:
+        return list(TRACKERS)
+    return [name for name in dict.fromkeys(names) if name not in ("", "none")]

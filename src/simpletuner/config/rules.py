@@ -12,6 +12,7 @@ from simpletuner.config.adapter_rules import adapter_rule, flux_rule, reference_
 from simpletuner.config.model_options import Precision
 from simpletuner.config.pairing import check_pairs
 from simpletuner.config.prompt import parse_resolutions
+from simpletuner.config.publishing_options import TRACKERS, TRACKERS_LATER, tracker_names
 from simpletuner.config.situation import Situation, error_about, warning_about
 from simpletuner.errors import Level, Problem, UserError
 from simpletuner.families.spec import Capability
@@ -86,6 +87,15 @@ def _model_type(at: Situation) -> Iterator[Problem]:
         yield error_about(
             "option_not_supported_yet", option, "Training in fp16 is not supported yet.", "Use bf16 or fp32."
         )
+
+
+def _trackers(at: Situation) -> Iterator[Problem]:
+    for name in tracker_names(at.values["report_to"]):
+        if name in TRACKERS_LATER:
+            yield error_about("option_not_supported_yet", "report_to", f"The tracker {name!r} is not supported yet.")
+        elif name not in TRACKERS:
+            hint = f"Known: none, {', '.join(TRACKERS)}."
+            yield error_about("bad_choice", "report_to", f"There is no tracker {name!r}.", hint)
 
 
 def _optimizer(at: Situation) -> Iterator[Problem]:
@@ -315,6 +325,7 @@ _RULES: tuple[tuple[Callable[[Situation], Iterator[Problem]], tuple[str, ...]], 
     (flux_rule, ("model_flavour", "flux_fast_schedule", "flux_guidance_min", "flux_guidance_max")),
     (reference_rule, ("model_flavour", "datasets")),
     (_optimizer, ("optimizer",)),
+    (_trackers, ("report_to",)),
     (_wrong_family, ("clip_skip", "prediction_type", "report_to")),
     (_dependent, tuple({switch for switch, _ in _ACTS_WITH.values()})),
     (_alignment, ("aspect_bucket_alignment", "model_flavour")),

@@ -20,7 +20,7 @@ from simpletuner.errors import ExitCode, UserError
 Quantise = Callable[[nn.Linear], nn.Linear]
 """A frozen Linear with its weights in memory → one in few bits."""
 
-_UNUSABLE = (ImportError, AssertionError, RuntimeError, NotImplementedError, ValueError)
+_UNUSABLE = (ImportError, AssertionError, RuntimeError, ValueError)
 """What the libraries raise where a device or a kernel is missing."""
 
 

@@ -21,6 +21,8 @@ from simpletuner.job import write_atomic
 _RING = 64
 _REPORT_INTERVAL_S = 1.0
 _DEAD_STEPS = 20
+_TRACKED = ("loss", "grad_norm", "learning_rate", "step_time_s", "epoch")
+Log = Callable[[int, dict[str, float | None]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,16 @@ class StepFacts:
 class Metrics:
     """Collects loss and gradient norm per step; writes `training_metrics.jsonl` and `training.progress`."""
 
-    def __init__(self, emit: Callable[[Event], None], path: Path, total_steps: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        emit: Callable[[Event], None],
+        path: Path,
+        total_steps: int,
+        device: torch.device,
+        log: Log | None = None,
+    ) -> None:
+        """`log(step, values)` is told the numbers of every step too: trackers."""
+        self._log = log
         self._emit = emit
         self._file = path.open("a", encoding="utf-8")
         self._total = total_steps
@@ -71,7 +82,7 @@ class Metrics:
         step_time = (now - self._drained_at) / len(rows)
         facts, self._facts = self._facts, []
         for fact, (loss, norm) in zip(facts, rows, strict=True):
-            row = {
+            row: dict[str, float | int | None] = {
                 "step": fact.step,
                 "epoch": fact.epoch,
                 "loss": loss if math.isfinite(loss) else None,
@@ -81,6 +92,8 @@ class Metrics:
                 "data_wait_s": round(fact.wait_s, 6),
             }
             self._file.write(json.dumps(row) + "\n")
+            if self._log is not None:
+                self._log(fact.step, {f"train/{name}": row[name] for name in _TRACKED})
         self._file.flush()
         self._done += len(rows)
         self._drained_at = self._reported_at = now

@@ -46,6 +46,7 @@ from simpletuner.train.optim import build_optimizers
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import RequestReader
 from simpletuner.train.state import TrainState, seed_generators
+from simpletuner.train.tracker import Trackers
 from simpletuner.train.trained import AdapterWeights, FullWeights, Trained, load_adapter_file
 from simpletuner.train.update import Update
 from simpletuner.train.validation import Validation
@@ -59,6 +60,7 @@ class Built:
     inspection: Inspection
     loader: Loader
     metrics: Metrics
+    trackers: Trackers
     resumed_from: str | None
     final_epoch: int
     started_at: float
@@ -67,6 +69,7 @@ class Built:
     def close(self) -> None:
         self.loader.close()
         self.metrics.close()
+        self.trackers.close()
 
 
 def execute(job: JobDir, reporter: Reporter, requests: RequestReader) -> ExitCode:
@@ -141,7 +144,8 @@ class _Builder:
             update = self._build_update(denoiser, total)
             file = self._output_dir / "training_metrics.jsonl"
             keep_metrics_until(file, point.state.step if point else 0)
-            metrics = Metrics(reporter.emit, file, total, self._device)
+            trackers = Trackers(config.publishing, self._output_dir, config.to_flat(), reporter)
+            metrics = Metrics(reporter.emit, file, total, self._device, trackers.log)
             saver = CheckpointSaver(self._output_dir, config.checkpoint.checkpoints_total_limit, facts, reporter)
             inspection = self._build_inspection(trained, update, saver, metrics, total)
         if config.validation.disable_benchmark:
@@ -151,7 +155,9 @@ class _Builder:
         state = self._resume(point, trained, update)
         run = self._build_run(denoiser, update, state, metrics, inspection, plan)
         final_epoch = plan.position_after(total * self._accumulation).epoch
-        return Built(run[0], inspection, run[1], metrics, point.folder.name if point else None, final_epoch, started_at)
+        return Built(
+            run[0], inspection, run[1], metrics, trackers, point.folder.name if point else None, final_epoch, started_at
+        )
 
     def _prepare(self, denoiser: nn.Module) -> Trained:
         """Choose what is trained, and how activations are kept."""
