@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,17 @@ PARTS = (
 )
 
 
-def same_end(one: Ran, other: Ran, step: int = 7) -> None:
-    """Losses, rates, weights, optimizer, average, generators, place in the plan: bit for bit."""
+def same_end_of(one: Ran, other: Ran, step: int, parts: Sequence[str]) -> None:
+    """Metrics and the named files of the last checkpoint."""
     assert one.metrics() == other.metrics()
-    for part in PARTS:
+    for part in (*parts, "optimizer-rank0.safetensors", "rng-rank0.safetensors"):
         left, right = (ran.output / f"checkpoint-{step}" / part for ran in (one, other))
         assert left.read_bytes() == right.read_bytes(), part
+
+
+def same_end(one: Ran, other: Ran, step: int = 7) -> None:
+    """Losses, rates, weights, optimizer, average, generators, place in the plan: bit for bit."""
+    same_end_of(one, other, step, PARTS)
     states = [json.loads((ran.output / f"checkpoint-{step}/training_state.json").read_text()) for ran in (one, other)]
     assert states[0]["position"] == states[1]["position"] and states[0]["samples"] == states[1]["samples"]
     for name in ("transformer/diffusion_pytorch_model.safetensors", "model_index.json"):

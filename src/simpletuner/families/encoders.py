@@ -29,12 +29,16 @@ class AutoencoderLatents:
     @torch.inference_mode()
     def encode(self, pixels_BCHW: Tensor, keys: Sequence[str], *, sample: bool) -> list[Tensor]:
         """uint8 pixels (B, 3, H, W) → latents (C, H/8, W/8) each, on the CPU, in the autoencoder's type."""
-        pixels = pixels_BCHW.to(self._vae.device, non_blocking=True).to(self._vae.dtype) / 127.5 - 1
+        # In the official image processor's own order of roundings, and in its memory layout, which decides kernels:
+        # what training sees is, number for number, what sampling will see.
+        values = pixels_BCHW.to(self._vae.device, non_blocking=True).float() / 255.0 * 2.0 - 1.0
+        pixels = torch.empty_like(values, dtype=self._vae.dtype, memory_format=torch.channels_last).copy_(values)
         posterior = self._vae.encode(pixels, return_dict=False)[0]
-        unscaled = posterior.mean.float()
+        # The mode is scaled in the autoencoder's type, as the official pipeline scales a reference.
+        unscaled = posterior.mean
         if sample:
             noise = torch.stack([_key_noise(key, posterior.mean.shape[1:]) for key in keys])
-            unscaled = unscaled + posterior.std.float() * noise.to(self._vae.device)
+            unscaled = unscaled.float() + posterior.std.float() * noise.to(self._vae.device)
         latents = ((unscaled - self._shift) * self._scale).to(self._vae.dtype).cpu()
         return [row.clone() for row in latents]
 

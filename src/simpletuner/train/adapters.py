@@ -17,7 +17,7 @@ from lycoris.wrapper import LycorisNetwork, create_lycoris
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from simpletuner.config.lycoris import ATTENTION, FILE, complete_lycoris_config
@@ -96,7 +96,7 @@ class Lora:
         names = sorted(str(name) for name in self._config.target_modules or ())
         described = {"r": self._config.r, "lora_alpha": alpha, "target_modules": names, "lora_dropout": 0.0}
         header = {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in described.items()})}
-        save_file(self.tensors(), folder / WEIGHTS, metadata=_header(self._spec) | header)
+        _write_file(self.tensors(), folder / WEIGHTS, _header(self._spec) | header)
         return folder / WEIGHTS
 
     def deltas(self) -> Iterator[tuple[str, Tensor]]:
@@ -145,7 +145,7 @@ class Lycoris:
     def save(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.config, indent=2)
-        save_file(self.tensors(), folder / WEIGHTS, metadata=_header(self._spec) | {"lycoris_config": text})
+        _write_file(self.tensors(), folder / WEIGHTS, _header(self._spec) | {"lycoris_config": text})
         (folder / FILE).write_text(text + "\n")
         return folder / WEIGHTS
 
@@ -244,6 +244,17 @@ def _to_fp32(module: nn.Module) -> None:
 
 def _header(spec: FamilySpec) -> dict[str, str]:
     return {"format": "pt", "modelspec.architecture": f"{spec.name}/lora", "simpletuner_family": spec.name}
+
+
+def _write_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Equal adapters make equal files: the library writes the metadata in an order that changes from run to run."""
+    content = save(tensors, metadata)
+    size = int.from_bytes(content[:8], "little")
+    header: dict[str, Any] = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    padded = text + b" " * (-len(text) % 8)
+    path.write_bytes(len(padded).to_bytes(8, "little") + padded + content[8 + size :])
 
 
 def _check_rank(rank: int, linear: Mapping[str, Any]) -> None:

@@ -78,7 +78,7 @@ class Flux:
         return load_base_model(FluxTransformer2DModel, source, self._config, self.spec, variant=variant)
 
     def picture_fingerprint(self) -> str:
-        return fingerprint(kind="AutoencoderKL", files=self._vae.hash_of(["vae"]), dtype=self._config.model.vae_dtype)
+        return fingerprint(kind="AutoencoderKL 2", files=self._vae.hash_of(["vae"]), dtype=self._config.model.vae_dtype)
 
     def load_picture_encoder(self, device: torch.device) -> AutoencoderLatents:
         return AutoencoderLatents(self._load_vae(device), self.picture_fingerprint())

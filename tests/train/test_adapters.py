@@ -1,0 +1,181 @@
+"""Adapters: what is trained, what is written, who can read it, and what is refused. Acceptance 34–38."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
+from flux_world import KONTEXT, NANO, paired_world
+from lycoris.wrapper import create_lycoris_from_weights
+from safetensors.torch import load_file
+from test_restart import same_end_of
+from tiny_world import Ran, TinyWorld
+
+from simpletuner.errors import UserError
+from simpletuner.families.registry import load_spec
+from simpletuner.train.adapters import WEIGHTS, attach_adapter
+
+LYCORIS = KONTEXT | {"lora_type": "lycoris"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return paired_world(tmp_path_factory.mktemp("adapters"))
+
+
+def inputs() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(1, 32, 16, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 8, 128, generator=generator),
+        "pooled_projections": torch.randn(1, 64, generator=generator),
+        "timestep": torch.tensor([0.5]),
+        "guidance": torch.tensor([2.0]),
+        "img_ids": torch.zeros(32, 3),
+        "txt_ids": torch.zeros(8, 3),
+        "return_dict": False,
+    }
+
+
+@torch.no_grad()
+def answer(denoiser: Any) -> torch.Tensor:
+    return denoiser.eval()(**inputs())[0]
+
+
+def base() -> FluxTransformer2DModel:
+    return FluxTransformer2DModel.from_pretrained(NANO / "transformer", torch_dtype=torch.float32)
+
+
+def trained(world: TinyWorld, ran: Ran, **options: Any) -> FluxTransformer2DModel:
+    """The network as the trainer had it at its end, from the checkpoint's own state."""
+    denoiser = base()
+    adapter = attach_adapter(denoiser, world.resolve(**options).require(), load_spec("flux"))
+    adapter.load(load_file(ran.output / f"checkpoint-{ran.metrics()[-1]['step']}" / WEIGHTS))
+    return denoiser
+
+
+@pytest.mark.parametrize("alpha", [0.5, 8.0])
+def test_diffusers_reads_a_lora_as_it_was_trained(world: TinyWorld, alpha: float) -> None:
+    """Acceptance 36, 37."""
+    options = KONTEXT | {"lora_alpha": alpha, "output_dir": f"lora{alpha}", "learning_rate": 0.01}
+    ran = world.run(**options)
+    wanted = answer(trained(world, ran, **options))
+    pipeline = FluxKontextPipeline.from_pretrained(NANO, torch_dtype=torch.float32)
+    pipeline.load_lora_weights(ran.output)
+    assert torch.allclose(answer(pipeline.transformer), wanted, atol=1e-5)
+    assert not torch.allclose(answer(base()), wanted, atol=1e-3)
+
+
+CONFIGS: list[dict[str, Any]] = [
+    {"algo": "lora", "linear_dim": 4, "linear_alpha": 0.5},
+    {"algo": "locon", "linear_dim": 4, "linear_alpha": 2},
+    {"algo": "loha", "linear_dim": 2, "linear_alpha": 1},
+    {"algo": "lokr", "factor": 4},
+    {"algo": "lokr", "linear_dim": 2, "linear_alpha": 1, "factor": 4},
+    {"algo": "full"},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda row: "-".join(map(str, row.values())))
+def test_the_library_reads_a_lycoris_file_as_it_was_trained(world: TinyWorld, config: dict[str, Any]) -> None:
+    name = "-".join(map(str, config.values()))
+    options = LYCORIS | {"lycoris_config": config, "output_dir": name, "learning_rate": 0.01, "max_train_steps": 2}
+    ran = world.run(**options)
+    wanted = answer(trained(world, ran, **options))
+    fresh = base()
+    network, _ = create_lycoris_from_weights(1.0, str(ran.output / WEIGHTS), fresh)
+    assert len(network.loras) == 25
+    network.apply_to()
+    assert torch.allclose(answer(fresh), wanted, atol=1e-4)
+    assert not torch.allclose(answer(base()), wanted, atol=1e-3)
+    assert json.loads((ran.output / "lycoris_config.json").read_text())["algo"] == config["algo"]
+
+
+def test_without_a_configuration_rank_alpha_and_dropout_decide(world: TinyWorld) -> None:
+    ran = world.run(**LYCORIS | {"lora_rank": 8, "lora_dropout": 0.05, "output_dir": "made", "max_train_steps": 1})
+    config = json.loads((ran.output / "lycoris_config.json").read_text())
+    assert (config["algo"], config["linear_dim"], config["linear_alpha"], config["dropout"]) == ("lora", 8, 8, 0.05)
+    tensors = load_file(ran.output / WEIGHTS)
+    assert {value.shape[0] for key, value in tensors.items() if key.endswith("lora_down.weight")} == {8}
+
+
+@pytest.mark.parametrize("precision", ["no_change", "int8-quanto"])
+def test_going_on_is_never_having_stopped(world: TinyWorld, precision: str) -> None:
+    """The exactness law over a frozen base, dropout drawn from the generators that are restored."""
+    options = LYCORIS | {
+        "base_model_precision": precision, "max_train_steps": 6, "gradient_accumulation_steps": 2, "lora_dropout": 0.2,
+        "checkpoint_step_interval": 3, "use_ema": True, "optimizer": "optimi-lion",
+    }  # fmt: skip
+    straight = world.run(output_dir=f"straight-{precision}", **options)
+    code = "import os, signal, torch\nplain, left = torch.Tensor.backward, [9]\n"
+    code += "def backward(self, *a, **k):\n    left[0] -= 1\n"
+    code += "    if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)\n    plain(self, *a, **k)\n"
+    name = f"killed-{precision}"
+    assert world.spawn(world.job(output_dir=name, **options), before=code + "torch.Tensor.backward = backward\n").code
+    same_end_of(world.run(output_dir=name, **options), straight, 6, [WEIGHTS, f"ema/{WEIGHTS}"])
+
+
+def test_the_base_is_never_written(world: TinyWorld) -> None:
+    ran = world.run(**LYCORIS | {"output_dir": "light", "max_train_steps": 1})
+    assert {path.name for path in ran.output.rglob("*.safetensors") if "cache" not in path.parts} == {
+        WEIGHTS, "optimizer-rank0.safetensors", "rng-rank0.safetensors",
+    }  # fmt: skip
+
+
+def test_an_adapter_begins_where_another_ended(world: TinyWorld) -> None:
+    first = world.run(**KONTEXT | {"output_dir": "begun", "max_train_steps": 1, "learning_rate": 0.01})
+    file = str(first.output / WEIGHTS)
+    second = world.run(**KONTEXT | {"output_dir": "onward", "max_train_steps": 1, "init_lora": file,
+                                    "learning_rate": 1e-12})  # fmt: skip
+    one, other = load_file(file), load_file(second.output / WEIGHTS)
+    assert all(torch.allclose(one[key], other[key], atol=1e-6) for key in one)
+
+
+def code_of(world: TinyWorld, **options: Any) -> str:
+    with pytest.raises(UserError) as raised:
+        world.run(**options)
+    return raised.value.code
+
+
+def test_what_is_refused_before_the_first_step(world: TinyWorld, tmp_path: Path) -> None:
+    nothing = {"algo": "lora", "linear_dim": 4, "linear_alpha": 4, "apply_preset": {"target_module": ["NoSuchClass"]}}
+    assert code_of(world, **LYCORIS | {"lycoris_config": nothing}) == "adapter_matched_nothing"
+    assert code_of(world, **KONTEXT | {"lora_rank": 4096}) == "adapter_rank_too_large"
+    assert code_of(world, **LYCORIS | {"lora_rank": 4096}) == "adapter_rank_too_large"
+    assert code_of(world, **KONTEXT | {"base_model_precision": "fp8-torchao"}) == "precision_unavailable"
+    other = world.run(**LYCORIS | {"output_dir": "other", "max_train_steps": 1}).output / WEIGHTS
+    assert code_of(world, **KONTEXT | {"init_lora": str(other)}) == "adapter_unknown_keys"
+    assert code_of(world, **KONTEXT | {"init_lora": str(tmp_path / "none")}) == "adapter_unreadable"
+
+
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({"lycoris_config": {"algo": "lokrr"}}, "/--lycoris_config/algo", "unknown_algo"),
+    ({"lycoris_config": {"algo": "lora", "rnk": 4}}, "/--lycoris_config/rnk", "unknown_lycoris_key"),
+    ({"lycoris_config": {"apply_preset": "attn"}}, "/--lycoris_config/apply_preset", "unknown_preset"),
+    ({"lycoris_config": {"apply_preset": {"targets": []}}}, "/--lycoris_config/apply_preset/targets", "unknown_preset"),
+    ({"lycoris_config": {"linear_alpha": "much"}}, "/--lycoris_config/linear_alpha", "bad_value"),
+    ({"lycoris_config": "nowhere.json"}, "/--lycoris_config", "lycoris_config_missing"),
+    ({"model_type": "full", "base_model_precision": "int8-quanto"}, "/--base_model_precision", "quantised_full"),
+    ({"model_flavour": "schnell"}, "/--flux_fast_schedule", "incompatible_options"),
+    ({"eval_dataset_id": "nobody"}, "/--eval_dataset_id", "bad_choice"),
+]
+
+
+@pytest.mark.parametrize(("options", "pointer", "code"), BAD)
+def test_a_mistake_is_named_with_its_place(world: TinyWorld, options: dict[str, Any], pointer: str, code: str) -> None:
+    found = {problem.pointer: problem.code for problem in world.resolve(**LYCORIS | options).errors}
+    assert found.get(pointer) == code, found
+
+
+def test_kontext_needs_references_and_clip_skip_does_nothing(world: TinyWorld) -> None:
+    entries = world.entries
+    world.entries = [{key: value for key, value in entries[0].items() if key != "conditioning_data"}]
+    codes = {problem.pointer: problem.code for problem in world.resolve(**LYCORIS | {"clip_skip": 2}).problems}
+    world.entries = entries
+    assert codes["/datasets/0/conditioning_data"] == "conditioning_required"
+    assert codes["/--clip_skip"] == "option_no_effect"
