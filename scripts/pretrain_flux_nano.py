@@ -16,15 +16,15 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxTransformer2DModel
 from PIL import Image
-from scripts.icons import draw, fetch_packages, read_icons
-from scripts.pretrain_pixart_nano import to_unit
 from tokenizers import ByteLevelBPETokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-import numpy as np
+from scripts.icons import draw, fetch_packages, read_icons
+from scripts.pretrain_pixart_nano import to_unit
 
 SIZE = 64
 TOKENS = 32
