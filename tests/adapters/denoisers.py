@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel, PixArtTransformer2DModel
 from lycoris import LycorisNetwork, create_lycoris
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
@@ -82,7 +85,7 @@ def pipeline(model: nn.Module) -> FluxPipeline:
 
 def add_lora(model: nn.Module, *, rank: int = 4, alpha: float = 2.0, targets: list[str] | None = None, **more) -> None:
     """A LoRA with random values on both sides, so that ΔW is not zero."""
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets or ATTENTION, **more))
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets or ATTENTION, **more), model)
     randomise(model, "lora_")
 
 
@@ -118,6 +121,16 @@ def live_peft(model: nn.Module) -> dict[str, Tensor]:
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }
+
+
+def load_peft(model: nn.Module, path: Path) -> None:
+    """With peft alone: PixArt's model and pipeline have no loader of their own."""
+    with safe_open(path, framework="pt") as file:
+        packed = json.loads(file.metadata()["lora_adapter_metadata"])
+    configuration = LoraConfig(**{key.removeprefix("transformer."): value for key, value in packed.items()})
+    state = {key.removeprefix("transformer."): value for key, value in load_file(path).items()}
+    inject_adapter_in_model(configuration, model)
+    assert set_peft_model_state_dict(model, state).unexpected_keys == []
 
 
 def save_flux_lora(model: nn.Module, folder: Path) -> Path:

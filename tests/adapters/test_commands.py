@@ -42,7 +42,7 @@ def test_export_then_inspect(source: Path) -> None:
     written = simpletuner("export", source, "--to", "kohya", "--family", "flux")
     target = source.with_name("pytorch_lora_weights_kohya.safetensors")
     assert (written.returncode, written.stderr) == (0, "")
-    assert written.stdout == f"{target}: 8 modules, as kohya reads them\n"
+    assert written.stdout == f"{target}: 10 modules, as kohya reads them\n"
     shown = simpletuner("inspect", target)
     assert shown.returncode == 0
     assert "family:    flux\n" in shown.stdout

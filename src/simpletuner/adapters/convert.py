@@ -24,8 +24,11 @@ from simpletuner.job import fsync_folder
 Tensors = dict[str, Tensor]
 Header = dict[str, str]
 
-STALE = (PEFT_HEADER, "ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args")
-"""Header keys that describe the weights as the source spelled them."""
+STALE = (
+    *(PEFT_HEADER, "lycoris_config", "ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args"),
+    *("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash"),
+)
+"""Header keys that describe the weights as the source spelled them, and hashes of its bytes."""
 
 
 @dataclass(frozen=True, slots=True)

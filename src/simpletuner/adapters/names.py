@@ -44,6 +44,8 @@ class FamilyNames:
     modules: tuple[str, ...] = ()
     layers: tuple[Layer, ...] = ()
     """Empty: kohya has no names for this family."""
+    has_pipeline_loader: bool = False
+    """diffusers' pipeline has `load_lora_weights`; else the file is loaded by peft, on the denoiser."""
     comfyui_underscored: bool = False
     """ComfyUI also knows `lycoris_<module with _>` for this family, not only `transformer.<module>`."""
 
@@ -79,6 +81,7 @@ FLUX = FamilyNames(
     family="flux",
     architecture="flux-1-dev/lora",
     spellings=("flux-1", "flux.1", "flux1"),
+    has_pipeline_loader=True,
     comfyui_underscored=True,
     layers=(
         *(

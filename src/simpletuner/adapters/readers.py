@@ -49,14 +49,13 @@ class Reader:
     name: str
     match: Match
     reads_header: bool
-    """It takes alpha from peft's configuration in the header."""
-    reads_alpha: bool
-    """It takes alpha from `.alpha` keys."""
+    """It takes alpha from peft's configuration in the header, where there is no `.alpha` key."""
 
 
 def match_diffusers(keys: Iterable[str], denoiser_modules: Collection[str], names: FamilyNames) -> Matched:
-    """`transformer.<module>.lora_A.weight` and `lora_B.weight`; alpha stands in the header."""
-    return _match(keys, lambda outer, module: _dotted(outer, module, denoiser_modules), LORA)
+    """`transformer.<module>.lora_A.weight` and `lora_B.weight`; alpha in the header, for pipelines also as a key."""
+    weights = LORA | {"alpha"} if names.has_pipeline_loader else LORA
+    return _match(keys, lambda outer, module: _dotted(outer, module, denoiser_modules), weights)
 
 
 def match_lycoris(keys: Iterable[str], denoiser_modules: Collection[str], names: FamilyNames) -> Matched:
@@ -89,10 +88,10 @@ def match_kohya(keys: Iterable[str], denoiser_modules: Collection[str], names: F
 READERS: Mapping[str, Reader] = {
     reader.name: reader
     for reader in (
-        Reader(name="diffusers", match=match_diffusers, reads_header=True, reads_alpha=False),
-        Reader(name="lycoris", match=match_lycoris, reads_header=False, reads_alpha=True),
-        Reader(name="comfyui", match=match_comfyui, reads_header=False, reads_alpha=True),
-        Reader(name="kohya", match=match_kohya, reads_header=False, reads_alpha=True),
+        Reader(name="diffusers", match=match_diffusers, reads_header=True),
+        Reader(name="lycoris", match=match_lycoris, reads_header=False),
+        Reader(name="comfyui", match=match_comfyui, reads_header=False),
+        Reader(name="kohya", match=match_kohya, reads_header=False),
     )
 }
 
@@ -119,12 +118,13 @@ def _dotted(outer: str, module: str, known: Collection[str]) -> Layer | None:
 
 
 def _underscored(outer: str, module: str, known: Mapping[str, tuple[str, ...]]) -> Layer | None:
-    if outer != "lycoris_" or module not in known:
+    meant = known.get(module)
+    if outer != "lycoris_" or meant is None:
         return None
-    meant = known[module]
-    if len(meant) > 1:
+    name, *others = meant
+    if others:
         raise UserError("adapter_ambiguous_name", f"{outer}{module} may stand for {' or '.join(meant)}.")
-    return Layer(meant[0], (Part(meant[0]),))
+    return Layer(name, (Part(name),))
 
 
 def _fused(modules: Collection[str], names: FamilyNames) -> dict[str, Layer]:

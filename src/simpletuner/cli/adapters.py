@@ -80,9 +80,10 @@ def export(
 
 def _ask(*words: str) -> dict[str, Any]:
     """Reading tensors belongs to the training world: it is asked through its process, not imported."""
-    ran = subprocess.run([sys.executable, "-m", ADAPTERS, *words], stdout=subprocess.PIPE, check=False)
+    ran = subprocess.run([sys.executable, "-m", ADAPTERS, *words], capture_output=True, text=True, check=False)
     if not ran.stdout.strip():
-        # Its own words, a traceback or the usage, are on stderr already.
+        # Libraries warn on stderr while they are imported; what they say matters only where no answer came.
+        sys.stderr.write(ran.stderr)
         sys.exit(ran.returncode or ExitCode.BUG)
     answer: dict[str, Any] = json_text.loads(ran.stdout)
     if "problems" not in answer:
