@@ -14,6 +14,8 @@ COMMANDS = {
     "train": ("simpletuner.cli.train:train", "Train here, in the foreground."),
     "options": ("simpletuner.cli.options:options", "Explain an option, or list them all."),
     "ledger": ("simpletuner.cli.ledger:ledger", "What would become of every file of a dataset."),
+    "inspect": ("simpletuner.cli.adapters:inspect", "Say what an adapter file holds and which programs read it."),
+    "export": ("simpletuner.cli.adapters:export", "Write an adapter file as diffusers, ComfyUI or kohya read it."),
     "bench": ("simpletuner.cli.bench:bench", "Measure the trainer, the loader and the cache on this machine."),
 }
 

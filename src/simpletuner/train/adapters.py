@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from fnmatch import fnmatch
@@ -20,6 +20,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from simpletuner.adapters.file import Delta, Product
 from simpletuner.config.lycoris import ATTENTION, FILE, complete_lycoris_config
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.errors import UserError
@@ -46,8 +47,13 @@ class Adapter(Protocol):
 
     def save(self, folder: Path) -> Path: ...
 
-    def deltas(self) -> Iterator[tuple[str, Tensor]]:
-        """ΔW of each module, by the denoiser's module names, in fp32."""
+    def deltas(self) -> dict[str, Callable[[], Delta]]:
+        """ΔW of each module as it is at work now, by the denoiser's module names."""
+        ...
+
+    @property
+    def reader(self) -> str:
+        """Whose key rules its file follows: a name of `adapters.readers.READERS`."""
         ...
 
     def facts(self) -> dict[str, Any]:
@@ -99,10 +105,11 @@ class Lora:
         _write_file(self.tensors(), folder / WEIGHTS, _header(self._spec) | header)
         return folder / WEIGHTS
 
-    def deltas(self) -> Iterator[tuple[str, Tensor]]:
-        for name, module in self._denoiser.named_modules():
-            if isinstance(module, LoraLayer):
-                yield name, lora_delta(module)
+    def deltas(self) -> dict[str, Callable[[], Delta]]:
+        layers = {name: module for name, module in self._denoiser.named_modules() if isinstance(module, LoraLayer)}
+        return {name: lambda layer=layer: lora_delta(layer) for name, layer in layers.items()}
+
+    reader = "diffusers"
 
     def facts(self) -> dict[str, Any]:
         count = sum(isinstance(module, LoraLayer) for module in self._denoiser.modules())
@@ -149,9 +156,13 @@ class Lycoris:
         (folder / FILE).write_text(text + "\n")
         return folder / WEIGHTS
 
-    def deltas(self) -> Iterator[tuple[str, Tensor]]:
-        for name, lora in self._modules:
-            yield name, lora.get_diff_weight(lora.multiplier)[0].detach().float()
+    def deltas(self) -> dict[str, Callable[[], Delta]]:
+        return {
+            name: lambda lora=lora: lora.get_diff_weight(lora.multiplier)[0].detach().float().cpu()
+            for name, lora in self._modules
+        }
+
+    reader = "lycoris"
 
     def facts(self) -> dict[str, Any]:
         return {"library": "lycoris", "algo": self.config["algo"], "modules": len(self._modules)}
@@ -175,10 +186,10 @@ def _fits(name: str, target: str) -> bool:
     return fnmatch(name, target) if "*" in target else name == target or name.endswith(f".{target}")
 
 
-def lora_delta(module: LoraLayer) -> Tensor:
-    """scaling · B · A, fp32."""
-    down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
-    return module.scaling["default"] * (up.detach().float() @ down.detach().float())  # pyright: ignore[reportCallIssue]
+def lora_delta(module: LoraLayer) -> Product:
+    """scaling · B · A."""
+    down, up = (side["default"].weight.detach().float().cpu() for side in (module.lora_A, module.lora_B))  # pyright: ignore[reportCallIssue]
+    return Product(up, down, module.scaling["default"])
 
 
 def _create_network(denoiser: nn.Module, config: Mapping[str, Any], spec: FamilySpec) -> LycorisNetwork:

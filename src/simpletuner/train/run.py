@@ -171,7 +171,7 @@ class _Builder:
             facts = adapter.facts()
             message = f"{facts['library']} {facts['algo']} on {facts['modules']} modules."
             self._reporter.notify("adapter_attached", message, **facts)
-            trained: Trained = AdapterWeights(denoiser, adapter)
+            trained: Trained = AdapterWeights(denoiser, adapter, self._family.spec.name)
         else:
             denoiser.requires_grad_(True)
             trained = FullWeights(self._family, denoiser, self._probe)

@@ -13,6 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from simpletuner.adapters.convert import convert
+from simpletuner.adapters.file import Kind, read_adapter
+from simpletuner.adapters.readers import check_file
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.families.base import Family
 from simpletuner.train.adapters import WEIGHTS, Adapter
@@ -102,8 +105,9 @@ class FullWeights:
 class AdapterWeights:
     """An adapter; the denoiser's own weights are frozen and never written."""
 
-    def __init__(self, denoiser: nn.Module, adapter: Adapter) -> None:
+    def __init__(self, denoiser: nn.Module, adapter: Adapter, family: str) -> None:
         self.denoiser = denoiser
+        self._family = family
         self.adapter = adapter
 
     def save(self, folder: Path, update: Update) -> None:
@@ -120,11 +124,12 @@ class AdapterWeights:
         beside = output_dir / ".adapter-tmp"
         shutil.rmtree(beside, ignore_errors=True)
         self.save(beside, update)
-        self._check(load_file(beside / WEIGHTS))
+        self._check(beside / WEIGHTS)
+        write_for_others(beside / WEIGHTS, beside / "export", self._family)
         for path in sorted(beside.rglob("*")):
             if path.is_file():
                 target = output_dir / path.relative_to(beside)
-                target.parent.mkdir(exist_ok=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
                 path.replace(target)
         shutil.rmtree(beside)
         return output_dir / WEIGHTS
@@ -134,11 +139,27 @@ class AdapterWeights:
         self.adapter.load(load_file(exported))
         return self.denoiser.eval()
 
-    def _check(self, found: dict[str, Tensor]) -> None:
-        own = self.adapter.tensors()
+    def _check(self, path: Path) -> None:
+        """The export gate: every tensor as it was trained, and by its reader's own rules the same ΔW."""
+        own, found = self.adapter.tensors(), load_file(path)
         for key in own.keys() | found.keys():
             if key not in found or key not in own or not torch.equal(own[key].cpu(), found[key]):
                 raise _mismatch(f"{key} is not in the saved adapter as it was trained.")
+        if any(module.needs_base for module in read_adapter(path).modules):
+            return  # its ΔW is a function of weights that a quantised base no longer has: equal tensors must do
+        problems = check_file(path, self.adapter.reader, self.adapter.deltas(), _TOLERANCE, family=self._family)
+        if problems:
+            raise _mismatch(problems[0].message)
+
+
+def write_for_others(path: Path, folder: Path, family: str) -> None:
+    """`adapter_comfyui.safetensors`, and what plain LoRA can express as `adapter_diffusers.safetensors`."""
+    folder.mkdir()
+    source = read_adapter(path, family=family)
+    is_plain = all(module.is_linear_lora for module in source.modules)
+    for reader in ("comfyui", "diffusers"):
+        if reader == "comfyui" or (is_plain and source.kind is Kind.LYCORIS):
+            convert(source, reader, folder / f"adapter_{reader}.safetensors", family)
 
 
 def load_adapter_file(adapter: Adapter, path: str) -> None:

@@ -1,0 +1,1 @@
+"""Adapter files on disk, apart from any run: reading, converting, and the gate that each saved file passes."""
