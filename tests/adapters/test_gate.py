@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from denoisers import add_lora, add_lycoris, flux, live_peft, save_flux_lora
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from simpletuner.adapters.convert import convert
 from simpletuner.adapters.file import read_adapter
 from simpletuner.adapters.names import FLUX
+from simpletuner.adapters.product import Product, fused, relative_error
 from simpletuner.adapters.readers import READERS, check_file
 from simpletuner.errors import UserError
 
@@ -97,6 +99,26 @@ def test_not_a_number_does_not_pass(saved: tuple[Path, str, Live]) -> None:
     key = next(key for key in load_file(path) if key.endswith((".lora_B.weight", ".lora_up.weight", ".lokr_w1")))
     rewrite(path, lambda tensors: tensors[key].fill_(float("nan")))
     assert codes(check_file(path, reader, live)) == {"export_mismatch"}
+
+
+def test_products_are_compared_as_what_they_multiply_to() -> None:
+    draw = torch.Generator().manual_seed(0)
+    first, second = (
+        Product(torch.randn(6, 2, generator=draw), torch.randn(2, 5, generator=draw), scale) for scale in (0.5, 3.0)
+    )
+    dense = (first.dense(), second.dense())
+    assert first.norm() == pytest.approx(float(dense[0].norm()), rel=1e-5)
+    assert relative_error(first, second) == pytest.approx(relative_error(*dense), rel=1e-5)
+    assert relative_error(first, first) < 1e-6
+    layer = FLUX.all_layers()["single_blocks_1_linear1"]
+    parts = {
+        part.module: Product(torch.randn(part.rows * 5, 2, generator=draw), torch.randn(2, 5, generator=draw), 0.5)
+        for part in layer.parts[1:]
+    }
+    whole = fused(layer, {name: part.dense() for name, part in parts.items()})
+    assert relative_error(fused(layer, parts), whole) < 1e-6
+    nothing = Product(torch.zeros(6, 2), torch.randn(2, 5))
+    assert (relative_error(nothing, nothing), relative_error(first, nothing)) == (0.0, float("inf"))
 
 
 def test_a_file_that_is_no_adapter_is_a_mismatch(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from simpletuner.adapters.file import DOWN, PEFT_HEADER, UP, AdapterFile, AdapterModule
 from simpletuner.adapters.names import FamilyNames, Layer, Part, names_of
-from simpletuner.adapters.readers import READERS, check_file, keys_of, layers_of, swap_halves
+from simpletuner.adapters.product import Delta, Product, swap_halves
+from simpletuner.adapters.readers import READERS, check_file, keys_of, layers_of
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.job import fsync_folder
 
@@ -48,8 +49,8 @@ class LoraPart:
     def alpha(self) -> float:
         return self.scale * self.rank
 
-    def delta(self) -> Tensor:
-        return (self.up.float().flatten(1) @ self.down.float().flatten(1)) * self.scale
+    def product(self) -> Product:
+        return Product(self.up, self.down, self.scale)
 
 
 def convert(source: AdapterFile, to: str, target: Path, family: str) -> None:
@@ -78,7 +79,7 @@ def convert(source: AdapterFile, to: str, target: Path, family: str) -> None:
     kept = {key: value for key, value in source.metadata.items() if key not in STALE}
     header = {"format": "pt", "modelspec.architecture": names.architecture, **kept, **header}
     header["simpletuner_family"] = family
-    live: dict[str, Callable[[], Tensor]] = {part.module: part.delta for part in parts}
+    live: dict[str, Callable[[], Delta]] = {part.module: part.product for part in parts}
     live |= {layers[module.unit].parts[0].module: module.delta for module in others}
     is_known = not any(module.needs_base for module in others)
     _write(target, tensors, header, lambda staged: _gate(staged, to, live if is_known else None, names))
@@ -235,7 +236,7 @@ def _whole(number: float) -> float:
     return int(number) if float(number).is_integer() else number
 
 
-def _gate(staged: Path, to: str, live: Mapping[str, Callable[[], Tensor]] | None, names: FamilyNames) -> None:
+def _gate(staged: Path, to: str, live: Mapping[str, Callable[[], Delta]] | None, names: FamilyNames) -> None:
     """`live` None: ΔW depends on a base weight that is not here; the weights were copied, and the keys are checked."""
     if live is None:
         unmatched = READERS[to].match(keys_of(staged), names.all_modules(), names).unmatched

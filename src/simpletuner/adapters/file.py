@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from simpletuner.adapters.names import family_of_header
+from simpletuner.adapters.product import Product
 from simpletuner.errors import ExitCode, UserError
 
 PEFT_HEADER = "lora_adapter_metadata"
@@ -117,8 +118,7 @@ class AdapterModule:
         Raises UserError `adapter_needs_base`, or `adapter_unreadable` where lycoris itself cannot load the module.
         """
         if self.is_linear_lora:
-            up, down = self.weights[UP].float().flatten(1), self.weights[DOWN].float().flatten(1)
-            return (up @ down) * self.scale(header=header)
+            return Product(self.weights[UP], self.weights[DOWN], self.scale(header=header)).dense()
         if self.needs_base and base is None:
             raise UserError(
                 "adapter_needs_base", f"{self.unit}: what {self.algorithm} changes depends on the base weight."
