@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 from flux_world import KONTEXT, NANO, paired_world
 from lycoris.wrapper import create_lycoris_from_weights
+from PIL import Image
 from safetensors.torch import load_file
 from test_restart import same_end_of
 from tiny_world import Ran, TinyWorld
@@ -82,6 +84,27 @@ CONFIGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda row: "-".join(map(str, row.values())))
+def test_diffusers_reads_the_export_of_a_lycoris_lora(world: TinyWorld) -> None:
+    """And its own pipeline, with the exported file, draws the trainer's last validation image."""
+    options = LYCORIS | {
+        "output_dir": "drawn", "learning_rate": 0.01, "lora_alpha": 2.0, "validation_disable": False,
+        "validation_prompt": "grey", "validation_disable_unconditional": True, "validation_resolution": "64x64",
+        "num_eval_images": 1, "validation_num_inference_steps": 3, "disable_benchmark": True, "validation_seed": 5,
+    }  # fmt: skip
+    ran = world.run(**options)
+    pipeline = FluxKontextPipeline.from_pretrained(NANO, torch_dtype=torch.float32)
+    pipeline.load_lora_weights(ran.output / "export", weight_name="adapter_diffusers.safetensors")
+    assert torch.allclose(answer(pipeline.transformer), answer(trained(world, ran, **options)), atol=1e-5)
+    reference = Image.open(sorted(world.pictures.iterdir())[0])
+    drawn = pipeline(
+        reference, "grey", height=64, width=64, max_area=64 * 64, num_inference_steps=3, guidance_scale=2.5,
+        generator=torch.Generator().manual_seed(5), max_sequence_length=32, _auto_resize=False,
+    ).images[0]  # fmt: skip
+    shown = Image.open(ran.output / "validation_images/step_4_validation_0_64x64.png")
+    difference = np.abs(np.asarray(drawn, np.int16) - np.asarray(shown, np.int16))
+    assert difference.max() <= 1, "rounding of the last bit at most"
+
+
 def test_the_library_reads_a_lycoris_file_as_it_was_trained(world: TinyWorld, config: dict[str, Any]) -> None:
     name = "-".join(map(str, config.values()))
     options = LYCORIS | {"lycoris_config": config, "output_dir": name, "learning_rate": 0.01, "max_train_steps": 2}
@@ -123,7 +146,7 @@ def test_going_on_is_never_having_stopped(world: TinyWorld, precision: str) -> N
 def test_the_base_is_never_written(world: TinyWorld) -> None:
     ran = world.run(**LYCORIS | {"output_dir": "light", "max_train_steps": 1})
     assert {path.name for path in ran.output.rglob("*.safetensors") if "cache" not in path.parts} == {
-        WEIGHTS, "optimizer-rank0.safetensors", "rng-rank0.safetensors",
+        WEIGHTS, "adapter_comfyui.safetensors", "adapter_diffusers.safetensors", "optimizer-rank0.safetensors", "rng-rank0.safetensors",
     }  # fmt: skip
 
 

@@ -7,12 +7,14 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import lycoris.config
 import torch
 from lycoris.logging import logger as lycoris_logger
+from lycoris.modules.locon import LoConModule
 from lycoris.wrapper import LycorisNetwork, create_lycoris
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -20,7 +22,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from simpletuner.adapters.file import Delta, Product
+from simpletuner.adapters.product import Delta, Product
 from simpletuner.config.lycoris import ATTENTION, FILE, complete_lycoris_config
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.errors import UserError
@@ -107,7 +109,7 @@ class Lora:
 
     def deltas(self) -> dict[str, Callable[[], Delta]]:
         layers = {name: module for name, module in self._denoiser.named_modules() if isinstance(module, LoraLayer)}
-        return {name: lambda layer=layer: lora_delta(layer) for name, layer in layers.items()}
+        return {name: partial(lora_delta, layer) for name, layer in layers.items()}
 
     reader = "diffusers"
 
@@ -157,10 +159,7 @@ class Lycoris:
         return folder / WEIGHTS
 
     def deltas(self) -> dict[str, Callable[[], Delta]]:
-        return {
-            name: lambda lora=lora: lora.get_diff_weight(lora.multiplier)[0].detach().float().cpu()
-            for name, lora in self._modules
-        }
+        return {name: partial(lycoris_delta, lora) for name, lora in self._modules}
 
     reader = "lycoris"
 
@@ -190,6 +189,16 @@ def lora_delta(module: LoraLayer) -> Product:
     """scaling · B · A."""
     down, up = (side["default"].weight.detach().float().cpu() for side in (module.lora_A, module.lora_B))  # pyright: ignore[reportCallIssue]
     return Product(up, down, module.scaling["default"])
+
+
+def lycoris_delta(module: Any) -> Delta:
+    """The library's own ΔW; of a plain LoRA its two factors, which is far less."""
+    plain = isinstance(module, LoConModule) and not module.isconv and not module.wd
+    lora: Any = module
+    if plain:
+        up, down = (side.weight.detach().float().cpu() for side in (lora.lora_up, lora.lora_down))
+        return Product(up, down, lora.scale * lora.multiplier * float(lora.scalar))
+    return lora.get_diff_weight(lora.multiplier)[0].detach().float().cpu()
 
 
 def _create_network(denoiser: nn.Module, config: Mapping[str, Any], spec: FamilySpec) -> LycorisNetwork:
