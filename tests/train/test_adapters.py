@@ -73,17 +73,6 @@ def test_diffusers_reads_a_lora_as_it_was_trained(world: TinyWorld, alpha: float
     assert not torch.allclose(answer(base()), wanted, atol=1e-3)
 
 
-CONFIGS: list[dict[str, Any]] = [
-    {"algo": "lora", "linear_dim": 4, "linear_alpha": 0.5},
-    {"algo": "locon", "linear_dim": 4, "linear_alpha": 2},
-    {"algo": "loha", "linear_dim": 2, "linear_alpha": 1},
-    {"algo": "lokr", "factor": 4},
-    {"algo": "lokr", "linear_dim": 2, "linear_alpha": 1, "factor": 4},
-    {"algo": "full"},
-]
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda row: "-".join(map(str, row.values())))
 def test_diffusers_reads_the_export_of_a_lycoris_lora(world: TinyWorld) -> None:
     """And its own pipeline, with the exported file, draws the trainer's last validation image."""
     options = LYCORIS | {
@@ -105,6 +94,17 @@ def test_diffusers_reads_the_export_of_a_lycoris_lora(world: TinyWorld) -> None:
     assert difference.max() <= 1, "rounding of the last bit at most"
 
 
+CONFIGS: list[dict[str, Any]] = [
+    {"algo": "lora", "linear_dim": 4, "linear_alpha": 0.5},
+    {"algo": "locon", "linear_dim": 4, "linear_alpha": 2},
+    {"algo": "loha", "linear_dim": 2, "linear_alpha": 1},
+    {"algo": "lokr", "factor": 4},
+    {"algo": "lokr", "linear_dim": 2, "linear_alpha": 1, "factor": 4},
+    {"algo": "full"},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda row: "-".join(map(str, row.values())))
 def test_the_library_reads_a_lycoris_file_as_it_was_trained(world: TinyWorld, config: dict[str, Any]) -> None:
     name = "-".join(map(str, config.values()))
     options = LYCORIS | {"lycoris_config": config, "output_dir": name, "learning_rate": 0.01, "max_train_steps": 2}
@@ -146,7 +146,8 @@ def test_going_on_is_never_having_stopped(world: TinyWorld, precision: str) -> N
 def test_the_base_is_never_written(world: TinyWorld) -> None:
     ran = world.run(**LYCORIS | {"output_dir": "light", "max_train_steps": 1})
     assert {path.name for path in ran.output.rglob("*.safetensors") if "cache" not in path.parts} == {
-        WEIGHTS, "adapter_comfyui.safetensors", "adapter_diffusers.safetensors", "optimizer-rank0.safetensors", "rng-rank0.safetensors",
+        WEIGHTS, "adapter_comfyui.safetensors", "adapter_diffusers.safetensors", "optimizer-rank0.safetensors",
+        "rng-rank0.safetensors",
     }  # fmt: skip
 
 
