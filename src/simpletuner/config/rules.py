@@ -17,14 +17,16 @@ from simpletuner.config.situation import Situation, error_about, warning_about
 from simpletuner.errors import Level, Problem, UserError
 from simpletuner.families.spec import Capability
 
-OPTIMIZERS = ("adamw_bf16", "torch-adamw", "optimi-lion")
-OPTIMIZERS_LATER = (
-    "optimi-stableadamw", "optimi-adamw", "optimi-adam", "optimi-radam", "optimi-ranger", "optimi-adan", "optimi-sgd",
-    "ao-adamw8bit", "ao-adamw4bit", "ao-adamwfp8", "bnb-adamw", "bnb-adam", "bnb-lion", "bnb-ademamix",
-    "bnb-adamw8bit", "bnb-adam8bit", "bnb-lion8bit", "bnb-ademamix8bit", "bnb-adamw-paged", "bnb-lion-paged",
-    "bnb-adamw8bit-paged", "bnb-lion8bit-paged", "torch-adam", "torch-sgd", "torch-radam", "torch-nadam",
-    "torch-adafactor", "adamw_schedulefree", "prodigy", "soap", "muon",
+OPTIMIZERS = (
+    "adamw_bf16", "torch-adamw", "torch-adam", "torch-sgd", "torch-radam", "torch-nadam", "torch-adafactor",
+    "optimi-lion", "optimi-stableadamw", "optimi-adamw", "optimi-adam", "optimi-radam", "optimi-ranger",
+    "optimi-adan", "optimi-sgd", "ao-adamw8bit", "ao-adamw4bit", "ao-adamwfp8", "bnb-adamw", "bnb-adamw-paged",
+    "bnb-adamw8bit", "bnb-adamw8bit-paged", "bnb-adam", "bnb-adam-paged", "bnb-adam8bit", "bnb-adam8bit-paged",
+    "bnb-lion", "bnb-lion-paged", "bnb-lion8bit", "bnb-lion8bit-paged", "bnb-ademamix", "bnb-ademamix-paged",
+    "bnb-ademamix8bit", "bnb-ademamix8bit-paged", "muon", "prodigy",
 )  # fmt: skip
+"""As in the table of `train.optim`, which this world cannot import."""
+OPTIMIZERS_LATER = ("adamw_schedulefree", "soap")
 
 FLOW_ONLY = (
     "flow_schedule_shift", "flow_schedule_auto_shift", "flow_sigmoid_scale", "flow_use_uniform_schedule",
