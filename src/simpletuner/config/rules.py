@@ -27,6 +27,10 @@ OPTIMIZERS = (
 )  # fmt: skip
 """As in the table of `train.optim`, which this world cannot import."""
 OPTIMIZERS_LATER = ("adamw_schedulefree", "soap")
+_CLIPPING = ("max_grad_norm", "grad_clip_method")
+_SCHEDULE = ("learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_end", "lr_num_cycles", "lr_power")
+_OF_NO_EFFECT = {"optimi-stableadamw": _CLIPPING, "prodigy": (*_CLIPPING, *_SCHEDULE)}
+"""Options that an optimizer has no use for: it limits its own updates, or finds its own rate."""
 
 FLOW_ONLY = (
     "flow_schedule_shift", "flow_schedule_auto_shift", "flow_sigmoid_scale", "flow_use_uniform_schedule",
@@ -103,6 +107,9 @@ def _trackers(at: Situation) -> Iterator[Problem]:
 def _optimizer(at: Situation) -> Iterator[Problem]:
     name = at.values["optimizer"]
     if name in OPTIMIZERS:
+        for option in _OF_NO_EFFECT.get(name, ()):
+            if at.given(option):
+                yield warning_about("option_no_effect", option, f"--{option} has no effect: --optimizer is {name}.")
         return
     if name in OPTIMIZERS_LATER:
         yield error_about("option_not_supported_yet", "optimizer", f"The optimizer {name!r} is not supported yet.")

@@ -279,6 +279,7 @@ LIBRARIES: Mapping[str, Library] = {
     "optimi-adan": _optimi("Adan"),
     "optimi-sgd": _optimi("SGD"),
     "torch-adam": Library(make=_one("torch.optim", "Adam", fused=True)),
+    # Not fused: torch 2.13's fused SGD leaves most bf16 elements unchanged on a CPU.
     "torch-sgd": Library(make=_one("torch.optim", "SGD")),
     "torch-radam": Library(make=_one("torch.optim", "RAdam")),
     "torch-nadam": Library(make=_one("torch.optim", "NAdam")),
