@@ -113,13 +113,13 @@ class LibraryOptimizer:
                 optimizer.step()
 
     def _make_state(self) -> None:
-        weights, grads = self._buffer.weights, self._buffer.grads
-        kept = weights.clone(), grads.clone()
-        grads.zero_()
+        """Gradients are zero afterwards, as they are before the first step of a run."""
+        weights = self._buffer.weights
+        kept = weights.to("cpu", copy=True)  # a large model leaves no room for a second one on the device
+        self._buffer.grads.zero_()
         weights.fill_(1)  # prodigy keeps no first weights where all are zero
         self._run(0.0 if self.own_rate is None else self.own_rate, 0)
-        weights.copy_(kept[0])
-        grads.copy_(kept[1])
+        weights.copy_(kept)
 
     def _places(self) -> Iterator[tuple[str, dict[str, Any], str]]:
         """Name, dictionary and key of everything that steps change."""
