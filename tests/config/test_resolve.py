@@ -182,7 +182,7 @@ RULES: list[tuple[dict[str, Any], str, str]] = [
     ({"aspect_bucket_alignment": 8}, "/--aspect_bucket_alignment", "incompatible_options"),
     ({"prediction_type": "flow_matching"}, "/--prediction_type", "incompatible_options"),
     ({"optimizer": "adamw"}, "/--optimizer", "unknown_optimizer"),
-    ({"optimizer": "prodigy"}, "/--optimizer", "option_not_supported_yet"),
+    ({"optimizer": "soap"}, "/--optimizer", "option_not_supported_yet"),
     ({"mixed_precision": "fp16"}, "/--mixed_precision", "option_not_supported_yet"),
     ({"model_flavour": "900M-1024-v0.8"}, "/--model_flavour", "unknown_flavour"),
     ({"timestep_bias_strategy": "range", "timestep_bias_begin": 500, "timestep_bias_end": 500},
@@ -215,6 +215,8 @@ NO_EFFECTS: list[tuple[dict[str, Any], str]] = [
     ({"lr_power": 2}, "lr_power"),
     ({"lr_end": 0, "lr_scheduler": "constant"}, "lr_end"),
     ({"refiner_training_strength": 0.5}, "refiner_training_strength"),
+    ({"optimizer": "prodigy", "lr_scheduler": "cosine"}, "lr_scheduler"),
+    ({"optimizer": "optimi-stableadamw", "max_grad_norm": 1.0}, "max_grad_norm"),
 ]
 
 

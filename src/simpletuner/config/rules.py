@@ -17,14 +17,20 @@ from simpletuner.config.situation import Situation, error_about, warning_about
 from simpletuner.errors import Level, Problem, UserError
 from simpletuner.families.spec import Capability
 
-OPTIMIZERS = ("adamw_bf16", "torch-adamw", "optimi-lion")
-OPTIMIZERS_LATER = (
-    "optimi-stableadamw", "optimi-adamw", "optimi-adam", "optimi-radam", "optimi-ranger", "optimi-adan", "optimi-sgd",
-    "ao-adamw8bit", "ao-adamw4bit", "ao-adamwfp8", "bnb-adamw", "bnb-adam", "bnb-lion", "bnb-ademamix",
-    "bnb-adamw8bit", "bnb-adam8bit", "bnb-lion8bit", "bnb-ademamix8bit", "bnb-adamw-paged", "bnb-lion-paged",
-    "bnb-adamw8bit-paged", "bnb-lion8bit-paged", "torch-adam", "torch-sgd", "torch-radam", "torch-nadam",
-    "torch-adafactor", "adamw_schedulefree", "prodigy", "soap", "muon",
+OPTIMIZERS = (
+    "adamw_bf16", "torch-adamw", "torch-adam", "torch-sgd", "torch-radam", "torch-nadam", "torch-adafactor",
+    "optimi-lion", "optimi-stableadamw", "optimi-adamw", "optimi-adam", "optimi-radam", "optimi-ranger",
+    "optimi-adan", "optimi-sgd", "ao-adamw8bit", "ao-adamw4bit", "ao-adamwfp8", "bnb-adamw", "bnb-adamw-paged",
+    "bnb-adamw8bit", "bnb-adamw8bit-paged", "bnb-adam", "bnb-adam-paged", "bnb-adam8bit", "bnb-adam8bit-paged",
+    "bnb-lion", "bnb-lion-paged", "bnb-lion8bit", "bnb-lion8bit-paged", "bnb-ademamix", "bnb-ademamix-paged",
+    "bnb-ademamix8bit", "bnb-ademamix8bit-paged", "muon", "prodigy",
 )  # fmt: skip
+"""As in the table of `train.optim`, which this world cannot import."""
+OPTIMIZERS_LATER = ("adamw_schedulefree", "soap")
+_CLIPPING = ("max_grad_norm", "grad_clip_method")
+_SCHEDULE = ("learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_end", "lr_num_cycles", "lr_power")
+_OF_NO_EFFECT = {"optimi-stableadamw": _CLIPPING, "prodigy": (*_CLIPPING, *_SCHEDULE)}
+"""Options that an optimizer has no use for: it limits its own updates, or finds its own rate."""
 
 FLOW_ONLY = (
     "flow_schedule_shift", "flow_schedule_auto_shift", "flow_sigmoid_scale", "flow_use_uniform_schedule",
@@ -101,6 +107,9 @@ def _trackers(at: Situation) -> Iterator[Problem]:
 def _optimizer(at: Situation) -> Iterator[Problem]:
     name = at.values["optimizer"]
     if name in OPTIMIZERS:
+        for option in _OF_NO_EFFECT.get(name, ()):
+            if at.given(option):
+                yield warning_about("option_no_effect", option, f"--{option} has no effect: --optimizer is {name}.")
         return
     if name in OPTIMIZERS_LATER:
         yield error_about("option_not_supported_yet", "optimizer", f"The optimizer {name!r} is not supported yet.")

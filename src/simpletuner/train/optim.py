@@ -1,4 +1,4 @@
-"""Optimizers over flat buffers. training.md §5. Adding one is one entry in `OPTIMIZERS`."""
+"""Optimizers over flat buffers. training.md §5. Those of other libraries are in `library_optim`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,41 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from simpletuner.errors import ExitCode, UserError
 from simpletuner.train.buffer import Clipping, FlatParameters
+from simpletuner.train.library_optim import LIBRARIES, LibraryOptimizer
 from simpletuner.train.rounding import noise_bits, round_stochastically
 
 
 class Optimizer(Protocol):
     """Updates one buffer in place. Everything that must survive a restart is in `state`."""
 
-    state: dict[str, Tensor]
+    clips: bool
+    """False: it wants gradients as they are, whatever `max_grad_norm` says."""
+    own_rate: float | None
+    """The rate of every step, where it has no use for the schedule's."""
+
+    @property
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy a `state` into place. KeyError when a tensor is missing, RuntimeError when one does not fit."""
+        ...
 
     def step(self, rate: float, step: int, clipping: Clipping) -> None:
         """`step` is the 0-based optimizer step; where the gradients are not finite nothing may change."""
         ...
+
+
+class _OwnOptimizer:
+    """Clipped, on the schedule, with its state made at once."""
+
+    clips = True
+    own_rate: float | None = None
+    state: dict[str, Tensor]
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, value in self.state.items():
+            value.copy_(tensors[name])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +61,7 @@ ADAMW_BF16 = AdamWSettings(beta1=0.9, beta2=0.999, epsilon=1e-6, weight_decay=0.
 TORCH_ADAMW = AdamWSettings(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.01)
 
 
-class FusedAdamW:
+class FusedAdamW(_OwnOptimizer):
     """torch's fused kernel on the whole buffer, state in the buffer's type."""
 
     def __init__(self, buffer: FlatParameters, settings: AdamWSettings) -> None:
@@ -75,7 +97,7 @@ class FusedAdamW:
         )
 
 
-class AdamWStochasticRounding:
+class AdamWStochasticRounding(_OwnOptimizer):
     """AdamW with bf16 weights and moments, arithmetic in fp32, every store rounded stochastically.
 
     Stochastic rounding keeps the expected value, so updates below bf16's resolution are not lost (arXiv:2010.06192).
@@ -115,42 +137,6 @@ class AdamWStochasticRounding:
             torch.where(clipping.finite, rounded, target, out=target)
 
 
-class OptimiLion:
-    """torch-optimi's Lion (arXiv:2302.06675) with Kahan summation for bf16 weights."""
-
-    def __init__(self, buffer: FlatParameters) -> None:
-        try:
-            from optimi import Lion
-        except ImportError as error:
-            raise _unavailable("optimi-lion", "pip install torch-optimi") from error
-        self._parameter = torch.nn.Parameter(buffer.weights, requires_grad=True)
-        self._parameter.grad = buffer.grads
-        kahan = buffer.weights.dtype is not torch.float32
-        self._optimizer = Lion([self._parameter], lr=1.0, betas=(0.9, 0.99), weight_decay=0.0, kahan_sum=kahan)
-        self.state = {"exp_avg": torch.zeros_like(buffer.weights)}
-        if kahan:
-            self.state["kahan_comp"] = torch.zeros_like(buffer.weights)
-        # The library takes a state without `kahan_comp` for none at all, and would put its own in place of ours.
-        self._optimizer.state[self._parameter] = {"kahan_comp": None, **self.state}
-
-    def step(self, rate: float, step: int, clipping: Clipping) -> None:
-        if not clipping.finite:
-            return
-        self._parameter.grad.mul_(clipping.scale)  # pyright: ignore[reportOptionalMemberAccess]
-        self._optimizer.param_groups[0]["lr"] = rate
-        self._optimizer.step()  # pyright: ignore[reportUnknownMemberType]
-
-
-def _unavailable(name: str, install: str) -> UserError:
-    return UserError(
-        "optimizer_unavailable",
-        f"The optimizer {name} needs a library that is not installed.",
-        hint=install,
-        pointer="/--optimizer",
-        exit_code=ExitCode.CONFIG,
-    )
-
-
 def _adamw_bf16(buffer: FlatParameters, seed: int) -> Optimizer:
     if buffer.weights.dtype is not torch.bfloat16:
         return FusedAdamW(buffer, ADAMW_BF16)
@@ -159,13 +145,17 @@ def _adamw_bf16(buffer: FlatParameters, seed: int) -> Optimizer:
     return AdamWStochasticRounding(buffer, ADAMW_BF16, seed=seed, chunk=chunk)
 
 
+def _library(name: str) -> Callable[[FlatParameters, int], Optimizer]:
+    return lambda buffer, seed: LibraryOptimizer(name, LIBRARIES[name], buffer, seed)
+
+
 OPTIMIZERS: Mapping[str, Callable[[FlatParameters, int], Optimizer]] = {
     "adamw_bf16": _adamw_bf16,
     "torch-adamw": lambda buffer, seed: FusedAdamW(buffer, TORCH_ADAMW),
-    "optimi-lion": lambda buffer, seed: OptimiLion(buffer),
+    **{name: _library(name) for name in LIBRARIES},
 }
 
 
 def build_optimizers(name: str, buffers: list[FlatParameters], seed: int) -> list[Optimizer]:
-    """One per buffer."""
+    """One per buffer. Raises `optimizer_unavailable` where a library or a device is missing."""
     return [OPTIMIZERS[name](buffer, seed) for buffer in buffers]

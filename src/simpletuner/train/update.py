@@ -34,11 +34,13 @@ class Update:
         self._total = total_steps
 
     def rate(self, step: int) -> float:
-        return learning_rate(self._options, step, self._total)
+        own = self.optimizers[0].own_rate
+        return learning_rate(self._options, step, self._total) if own is None else own
 
     def apply(self, step: int) -> Tensor:
         """Perform the 0-based optimizer step; returns the unclipped gradient norm, fp32 scalar on the device."""
-        clipping = clip_gradients(self.buffers, self._options.max_grad_norm, self._options.grad_clip_method)
+        limit = self._options.max_grad_norm if self.optimizers[0].clips else 0.0
+        clipping = clip_gradients(self.buffers, limit, self._options.grad_clip_method)
         rate = self.rate(step)
         for optimizer in self.optimizers:
             optimizer.step(rate, step, clipping)
@@ -66,8 +68,9 @@ class Update:
             for index, buffer in enumerate(self.buffers):
                 buffer.weights.copy_(tensors[f"weights.{index}"])
         for index, optimizer in enumerate(self.optimizers):
-            for name, value in optimizer.state.items():
-                value.copy_(tensors[f"optimizer.{index}.{name}"])
+            prefix = f"optimizer.{index}."
+            own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            optimizer.load(own)
         if self.ema is not None and "ema.updates" in tensors:
             self.ema.updates = int(tensors["ema.updates"])
             for index, shadow in enumerate(self.ema.shadows):
