@@ -38,10 +38,6 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_export_then_inspect(source: Path) -> None:
-    unknown = simpletuner("export", source, "--to", "kohya")
-    assert (unknown.returncode, unknown.stdout) == (64, "")
-    assert "adapter_family_unknown" in unknown.stderr
-    assert "names fit: flux" in unknown.stderr
     written = simpletuner("export", source, "--to", "kohya", "--family", "flux")
     target = source.with_name("pytorch_lora_weights_kohya.safetensors")
     assert (written.returncode, written.stderr) == (0, "")
@@ -91,6 +87,9 @@ def test_an_output_is_not_overwritten_unasked(source: Path, capsys: pytest.Captu
 
 
 def test_an_unknown_family(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, answer = answer_of(capsys, "export", source, "--to", "comfyui")
+    assert (code, answer["problems"][0]["code"]) == (64, "adapter_family_unknown")
+    assert "names fit: flux" in answer["problems"][0]["hint"]
     code, answer = answer_of(capsys, "export", source, "--to", "comfyui", "--family", "fluks")
     assert (code, answer["problems"][0]["code"]) == (64, "unknown_family")
 

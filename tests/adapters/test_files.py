@@ -77,7 +77,7 @@ def test_a_lycoris_file_is_read_as_lycoris_reads_it(tmp_path: Path, algo: str, m
 
 @pytest.mark.parametrize(
     ("algo", "more"),
-    [("diag-oft", {"constraint": 0}), ("boft", {}), ("glora", {}), ("tlora", {}), ("lora", {"dora_wd": True})],
+    [("diag-oft", {"constraint": 0}), ("boft", {}), ("glora", {}), ("lora", {"dora_wd": True})],
 )
 def test_what_depends_on_the_base_weight_asks_for_it(tmp_path: Path, algo: str, more: dict) -> None:
     model = flux()
