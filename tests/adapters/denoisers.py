@@ -90,7 +90,6 @@ def add_lora(model: nn.Module, *, rank: int = 4, alpha: float = 2.0, targets: li
 
 
 def add_lycoris(model: nn.Module, algo: str, **more) -> LycorisNetwork:
-    LycorisNetwork.apply_preset({"target_module": ["FluxAttention", "Attention"], "target_name": []})
     preset = {"target_module": ["FluxAttention", "Attention"], "enable_conv": False}
     options = {"linear_dim": 4, "linear_alpha": 2.0} | more
     network = create_lycoris(model, 1.0, algo=algo, preset=_preset(preset), **options)

@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from denoisers import add_lora, flux, save_flux_lora
 
 from simpletuner.adapters.__main__ import main as adapters
+from simpletuner.adapters.convert import WRITERS
 from simpletuner.adapters.file import read_adapter
+from simpletuner.cli.adapters import export
 
 SRC = Path(__file__).parents[2] / "src"
 
@@ -35,10 +38,6 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_export_then_inspect(source: Path) -> None:
-    unknown = simpletuner("export", source, "--to", "kohya")
-    assert (unknown.returncode, unknown.stdout) == (64, "")
-    assert "adapter_family_unknown" in unknown.stderr
-    assert "names fit: flux" in unknown.stderr
     written = simpletuner("export", source, "--to", "kohya", "--family", "flux")
     target = source.with_name("pytorch_lora_weights_kohya.safetensors")
     assert (written.returncode, written.stderr) == (0, "")
@@ -85,6 +84,19 @@ def test_an_output_is_not_overwritten_unasked(source: Path, capsys: pytest.Captu
     assert answer_of(capsys, *itself)[1]["problems"][0]["code"] == "already_exists"
     assert source.read_bytes() == before
     assert read_adapter(target).family == "flux"
+
+
+def test_an_unknown_family(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, answer = answer_of(capsys, "export", source, "--to", "comfyui")
+    assert (code, answer["problems"][0]["code"]) == (64, "adapter_family_unknown")
+    assert "names fit: flux" in answer["problems"][0]["hint"]
+    code, answer = answer_of(capsys, "export", source, "--to", "comfyui", "--family", "fluks")
+    assert (code, answer["problems"][0]["code"]) == (64, "unknown_family")
+
+
+def test_the_command_offers_every_writer() -> None:
+    """The command's half is of the control world, and cannot import the table."""
+    assert get_args(get_type_hints(export)["to"]) == tuple(WRITERS)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -75,22 +75,23 @@ def test_a_lycoris_file_is_read_as_lycoris_reads_it(tmp_path: Path, algo: str, m
     assert readers_of(adapter, keys_of(path), "flux") == ("lycoris", "comfyui")
 
 
-def test_what_depends_on_the_base_weight_asks_for_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("algo", "more"),
+    [("diag-oft", {"constraint": 0}), ("boft", {}), ("glora", {}), ("lora", {"dora_wd": True})],
+)
+def test_what_depends_on_the_base_weight_asks_for_it(tmp_path: Path, algo: str, more: dict) -> None:
     model = flux()
-    base = {
-        f"lycoris_{n}".replace(".", "_"): m.weight.detach().clone()
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Linear)
-    }
-    network = add_lycoris(model, "diag-oft", constraint=0)
+    network = add_lycoris(model, algo, **more)
     network.save_weights(str(tmp_path / "a.safetensors"), None, None)
+    bases = {f"lycoris_{name.replace('.', '_')}": module for name, module in flux().named_modules()}
     module = read_adapter(tmp_path / "a.safetensors").modules[0]
     with pytest.raises(UserError) as raised:
         module.delta()
     assert raised.value.code == "adapter_needs_base"
     (live,) = [lora for lora in network.loras if lora.lora_name == module.unit]
-    wanted = live.get_merged_weight()[0] - base[module.unit]
-    torch.testing.assert_close(module.delta(base[module.unit]), wanted.detach(), rtol=0, atol=1e-5)
+    base = bases[module.unit].weight.detach()
+    wanted = live.get_merged_weight()[0] - base
+    torch.testing.assert_close(module.delta(base), wanted.detach(), rtol=0, atol=1e-5)
 
 
 def test_readers_of_a_file_whose_alpha_is_in_the_header(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def export(
     *,
     to: Literal["diffusers", "comfyui", "kohya"],
     output: Path | None = None,
-    family: Literal["flux", "pixart_sigma"] | None = None,
+    family: str | None = None,
     overwrite: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Write an adapter file anew as another program reads it; the result is checked against the source.
