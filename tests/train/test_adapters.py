@@ -101,6 +101,8 @@ CONFIGS: list[dict[str, Any]] = [
     {"algo": "lokr", "factor": 4},
     {"algo": "lokr", "linear_dim": 2, "linear_alpha": 1, "factor": 4},
     {"algo": "full"},
+    {"algo": "boft", "linear_dim": 4, "linear_alpha": 4},
+    {"algo": "diag-oft", "linear_dim": 4, "linear_alpha": 4},
 ]
 
 
@@ -185,6 +187,17 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"lycoris_config": {"linear_alpha": "much"}}, "/--lycoris_config/linear_alpha", "bad_value"),
     ({"lycoris_config": "nowhere.json"}, "/--lycoris_config", "lycoris_config_missing"),
     ({"model_type": "full", "base_model_precision": "int8-quanto"}, "/--base_model_precision", "quantised_full"),
+    ({"lycoris_config": {"algo": "ia3"}}, "/--lycoris_config/algo", "option_not_supported_yet"),
+    (
+        {"lycoris_config": {"algo": "full"}, "base_model_precision": "int8-quanto"},
+        "/--lycoris_config/algo",
+        "incompatible_options",
+    ),
+    (
+        {"lycoris_config": {"algo": "boft"}, "base_model_precision": "nf4-bnb"},
+        "/--lycoris_config/algo",
+        "incompatible_options",
+    ),
     ({"model_flavour": "schnell"}, "/--flux_fast_schedule", "incompatible_options"),
     ({"eval_dataset_id": "nobody"}, "/--eval_dataset_id", "bad_choice"),
 ]

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from simpletuner.config.flux_options import FluxOptions
-from simpletuner.config.lycoris import check_lycoris_config, is_unedited
+from simpletuner.config.lycoris import check_base, check_lycoris_config, is_unedited
+from simpletuner.config.model_options import QUANTISED
 from simpletuner.config.situation import Situation, error_about, warning_about
 from simpletuner.errors import Problem
 
@@ -33,6 +34,8 @@ def adapter_rule(at: Situation) -> Iterator[Problem]:
 
 def _lycoris(at: Situation, config: dict[str, Any]) -> Iterator[Problem]:
     yield from check_lycoris_config(config)
+    if (precision := at.values["base_model_precision"]) in QUANTISED:
+        yield from check_base(config, precision)
     if is_unedited(config):
         return
     for name in _RANK_OPTIONS:

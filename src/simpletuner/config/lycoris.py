@@ -11,6 +11,7 @@ from typing import Any, cast
 from simpletuner.config.model_options import AdapterOptions
 from simpletuner.errors import Problem, UserError
 
+_PLAIN = "Use --base_model_precision bf16, or another algorithm."
 POINTER = "/--lycoris_config"
 FILE = "lycoris_config.json"
 ATTENTION = "Attention"
@@ -30,6 +31,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "tlora": {"linear_dim": 64, "linear_alpha": 32},
 }
 """Algorithm → what a given configuration that lacks them gets."""
+
+LATER = {
+    "dylora": "its random rank differs between a forward pass and its recomputation",
+    "ia3": "the library cannot read its own files of it",
+    "tlora": "no other program has a place for its keys",
+}
+"""Algorithms of the library that are not supported yet, and why."""
+
+_NEEDS_PLAIN_BASE = ("full",)
+_NEEDS_WEIGHTS = ("diag-oft", "boft")
+"""They read the base's weights as a matrix: of the quantised ones only quanto's answer to that."""
 
 _OWN_KEYS = frozenset({"algo", "multiplier", "linear_dim", "linear_alpha", "apply_preset"})
 _PASSED_ON = frozenset(
@@ -92,7 +104,7 @@ def read_lycoris_config(path: Path, shown: str) -> dict[str, Any]:
 def check_lycoris_config(config: Mapping[str, Any]) -> list[Problem]:
     """Unknown algorithms, keys and preset keys, and numbers that are none."""
     algo = str(config.get("algo", "lora"))
-    problems = [*_check_choice("unknown_algo", "algo", algo, DEFAULTS, "algorithm")]
+    problems = [*_check_algo("algo", algo)]
     known = {*_OWN_KEYS, *_PASSED_ON}
     for key in config.keys() - {_GENERATED}:
         problems += _check_choice("unknown_lycoris_key", key, key, known, "key")
@@ -116,8 +128,27 @@ def _check_preset(preset: Any) -> list[Problem]:
     for table in ("module_algo_map", "name_algo_map"):
         for target, row in cast(dict[str, dict[str, Any]], found.get(table, {})).items():
             name = str(row.get("algo", "lora"))
-            problems += _check_choice("unknown_algo", f"apply_preset/{table}/{target}", name, DEFAULTS, "algorithm")
+            problems += _check_algo(f"apply_preset/{table}/{target}", name)
     return problems
+
+
+def check_base(config: Mapping[str, Any], precision: str) -> list[Problem]:
+    """Whether the algorithm works over a quantised base; `precision` is one."""
+    algo = str(config.get("algo", "lora"))
+    if algo in _NEEDS_PLAIN_BASE or config.get("dora_wd"):
+        what = "dora_wd" if config.get("dora_wd") else algo
+        return [_problem("incompatible_options", "algo", f"{what} cannot be trained over a {precision} base.", _PLAIN)]
+    if algo in _NEEDS_WEIGHTS and not precision.endswith("-quanto"):
+        hint = "Use int8-quanto, or a base in bf16."
+        return [_problem("incompatible_options", "algo", f"{algo} cannot be trained over a {precision} base.", hint)]
+    return []
+
+
+def _check_algo(key: str, algo: str) -> list[Problem]:
+    if algo in LATER:
+        message = f"The LyCORIS algorithm {algo!r} is not supported yet: {LATER[algo]}."
+        return [_problem("option_not_supported_yet", key, message)]
+    return _check_choice("unknown_algo", key, algo, DEFAULTS.keys() - LATER, "algorithm")
 
 
 def _check_choice(code: str, key: str, value: str, known: Any, what: str) -> list[Problem]:

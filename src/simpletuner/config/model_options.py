@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -13,6 +13,8 @@ Precision = Literal[
     "fp8wo-torchao", "int4-torchao", "nf4-bnb",
 ]  # fmt: skip
 """Names that are accepted; which of them are built is a rule, so that the answer can say more than "not a choice"."""
+
+QUANTISED = tuple(name for name in get_args(Precision) if "-" in name)
 
 
 class ModelOptions(OptionGroup):

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from simpletuner.config.adapter_rules import adapter_rule, flux_rule, reference_rule
-from simpletuner.config.model_options import Precision
+from simpletuner.config.model_options import QUANTISED
 from simpletuner.config.pairing import check_pairs
 from simpletuner.config.prompt import parse_resolutions
 from simpletuner.config.publishing_options import TRACKERS, TRACKERS_LATER, tracker_names
@@ -40,7 +40,6 @@ DIFFUSION_ONLY = (
     "offset_noise", "snr_gamma", "timestep_bias_strategy", "timestep_bias_multiplier", "timestep_bias_portion",
     "timestep_bias_begin", "timestep_bias_end",
 )  # fmt: skip
-QUANTISED = tuple(name for name in get_args(Precision) if "-" in name)
 TRACKER_OPTIONS = ("tracker_project_name", "tracker_run_name")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import accelerate
 import torch
 from diffusers.models.modeling_utils import no_init_weights
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from simpletuner.errors import ExitCode, UserError
@@ -20,6 +18,7 @@ from simpletuner.errors import ExitCode, UserError
 Quantise = Callable[[nn.Linear], nn.Linear]
 """A frozen Linear with its weights in memory → one in few bits."""
 
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _UNUSABLE = (ImportError, AssertionError, RuntimeError, ValueError)
 """What the libraries raise where a device or a kernel is missing."""
 
@@ -100,13 +99,17 @@ def load_quantised(
     with no_init_weights(), accelerate.init_empty_weights():
         model: nn.Module = kind.from_config(kind.load_config(folder))
     quantise = PRECISIONS[precision][0]
-    with _Weights(folder, variant) as weights:
-        for name, module in list(model.named_modules()):
-            for own, value in weights.of(name, module):
-                module.register_parameter(own, nn.Parameter(value.to(dtype), requires_grad=False))
-            if name and is_quantised_name(name, module, unquantised):
-                assert isinstance(module, nn.Linear)
-                model.set_submodule(name, quantise(module))
+    weights = _Weights(folder, variant)
+    for name, module in list(model.named_modules()):
+        for own, value in weights.of(name, module):
+            module.register_parameter(own, nn.Parameter(value.to(dtype), requires_grad=False))
+        if name and is_quantised_name(name, module, unquantised):
+            assert isinstance(module, nn.Linear)
+            found = quantise(module)
+            if found is not module:
+                model.set_submodule(name, found)
+                # The list of modules still holds the one that was replaced.
+                module.register_parameter("weight", None)
     model.requires_grad_(False)
     return model
 
@@ -135,31 +138,44 @@ def check_precision(precision: str, dtype: torch.dtype) -> None:
 
 
 class _Weights:
-    """The safetensors files of a diffusers model, read tensor by tensor."""
+    """The safetensors files of a diffusers model, read tensor by tensor.
+
+    Not mapped: pages of a mapped file count as the process's memory for as long as it is open, all of the model then.
+    """
 
     def __init__(self, folder: Path, variant: str | None) -> None:
         self._folder = folder
         self._stem = f"diffusion_pytorch_model{f'.{variant}' if variant else ''}"
         self._variant = variant
-        self._open = ExitStack()
-        self._file_of: dict[str, Any] = {}
-
-    def __enter__(self) -> _Weights:
+        self._place_of: dict[str, tuple[Path, torch.dtype, list[int], int]] = {}
         for path in self._files():
-            file: Any = self._open.enter_context(safe_open(path, framework="pt", device="cpu"))
-            self._file_of |= dict.fromkeys(file.keys(), file)
-        return self
+            self._read_header(path)
 
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
+    def _read_header(self, path: Path) -> None:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(size))
+        for key, entry in header.items():
+            if key != "__metadata__":
+                start = 8 + size + entry["data_offsets"][0]
+                self._place_of[key] = (path, _DTYPES[entry["dtype"]], entry["shape"], start)
+
+    def _read(self, key: str) -> Tensor:
+        path, dtype, shape, start = self._place_of[key]
+        value = torch.empty(shape, dtype=dtype)
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            target: Any = value.view(-1).view(torch.uint8).numpy()
+            file.readinto(target)
+        return value
 
     def of(self, name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """The parameters that are the module's own, by their name in it."""
         for own, _ in module.named_parameters(recurse=False):
             key = f"{name}.{own}" if name else own
-            if key not in self._file_of:
+            if key not in self._place_of:
                 raise self._missing(f"the weight {key}")
-            yield own, self._file_of[key].get_tensor(key)
+            yield own, self._read(key)
 
     def _files(self) -> list[Path]:
         variant = f".{self._variant}" if self._variant else ""

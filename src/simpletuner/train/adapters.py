@@ -30,9 +30,9 @@ from simpletuner.families.spec import FamilySpec
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 _PREFIX = "transformer."
-_FACTORED = ("lora", "locon", "lokr", "glora")
-"""Algorithms that act on activations, so that ΔW is never built."""
-_RANKED = ("lora", "locon", "loha", "glora", "tlora")
+_FACTORED = ("lora", "locon", "loha", "lokr", "glora")
+"""Algorithms that act on activations: the base's weights are never touched, and ΔW is not built where it factors."""
+_RANKED = ("lora", "locon", "loha", "glora")
 _PRESET = "simpletuner"
 
 
