@@ -22,6 +22,7 @@ from simpletuner.errors import UserError
 from simpletuner.families.registry import load_spec
 from simpletuner.train.adapters import WEIGHTS, attach_adapter
 
+GOLDENS = Path(__file__).parents[1] / "goldens"
 LYCORIS = KONTEXT | {"lora_type": "lycoris"}
 
 
@@ -160,6 +161,20 @@ def test_an_adapter_begins_where_another_ended(world: TinyWorld) -> None:
                                     "learning_rate": 1e-12})  # fmt: skip
     one, other = load_file(file), load_file(second.output / WEIGHTS)
     assert all(torch.allclose(one[key], other[key], atol=1e-6) for key in one)
+
+
+@pytest.mark.parametrize("lora_type", ["standard", "lycoris"])
+def test_loss_golden(world: TinyWorld, request: pytest.FixtureRequest, lora_type: str) -> None:
+    """Acceptance 33: 20 steps on the CPU in fp32. A change here is a change of the maths: name it in CHANGELOG.md."""
+    ran = world.run(**KONTEXT | {"lora_type": lora_type, "output_dir": f"golden-{lora_type}", "max_train_steps": 20})
+    rows = [{key: row[key] for key in ("step", "loss", "grad_norm")} for row in ran.metrics()]
+    file = GOLDENS / f"flux_{lora_type}_losses.json"
+    if request.config.getoption("--write-goldens"):
+        file.write_text(json.dumps(rows, indent=1) + "\n")
+    for found, kept in zip(rows, json.loads(file.read_text()), strict=True):
+        assert found == pytest.approx(kept, rel=1e-4)
+    losses = ran.losses()
+    assert sum(losses[-4:]) < sum(losses[:4])
 
 
 def code_of(world: TinyWorld, **options: Any) -> str:
