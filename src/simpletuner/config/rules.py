@@ -28,7 +28,10 @@ DIFFUSION_ONLY = (
     "offset_noise", "snr_gamma", "timestep_bias_strategy", "timestep_bias_multiplier", "timestep_bias_portion",
     "timestep_bias_begin", "timestep_bias_end",
 )  # fmt: skip
-QUANTISED = ("int8-quanto",)
+QUANTISED = (
+    "int8-quanto", "int4-quanto", "fp8-quanto", "int8-torchao", "fp8-torchao", "fp8wo-torchao", "int4-torchao",
+    "nf4-bnb",
+)  # fmt: skip
 TRACKER_OPTIONS = ("tracker_project_name", "tracker_run_name")
 
 
@@ -86,16 +89,21 @@ def _run_length(at: Situation) -> Iterator[Problem]:
 
 
 def _model_type(at: Situation) -> Iterator[Problem]:
-    quantised = at.values["base_model_precision"] in QUANTISED
-    if at.values["model_type"] == "full" and quantised:
+    precision = at.values["base_model_precision"]
+    if at.values["model_type"] == "full" and precision in QUANTISED:
         yield _error(
             "quantised_full",
             "base_model_precision",
-            f"A full fine-tune cannot train a base quantised to {at.values['base_model_precision']}.",
+            f"A full fine-tune cannot train a base quantised to {precision}.",
             "Use bf16 or fp32, or train an adapter (--model_type lora).",
         )
-    elif quantised:
-        yield _error("option_not_supported_yet", "base_model_precision", "Quantised bases are not supported yet.")
+    elif precision in at.spec.refused_precisions:
+        yield _error(
+            "incompatible_options",
+            "base_model_precision",
+            f"{at.spec.title} cannot be trained over a base in {precision}.",
+            "Use int8-quanto.",
+        )
     if at.values["model_type"] == "lora" and Capability.LORA not in at.spec.supports:
         yield _error(
             "option_not_supported_yet",
@@ -103,7 +111,7 @@ def _model_type(at: Situation) -> Iterator[Problem]:
             f"Adapters for {at.spec.title} are not supported yet.",
             "Use --model_type full.",
         )
-    if "fp16" in (at.values["base_model_precision"], at.values["mixed_precision"]):
+    if "fp16" in (precision, at.values["mixed_precision"]):
         option = "mixed_precision" if at.values["mixed_precision"] == "fp16" else "base_model_precision"
         yield _error("option_not_supported_yet", option, "Training in fp16 is not supported yet.", "Use bf16 or fp32.")
 
@@ -154,6 +162,7 @@ _ACTS_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "refiner_training_strength": ("refiner_training", (True,)),
     "refiner_training_invert_schedule": ("refiner_training", (True,)),
     "dataloader_prefetch_qlen": ("dataloader_prefetch", (True,)),
+    "quantize_via": ("base_model_precision", QUANTISED),
     "lr_end": ("lr_scheduler", ("linear", "cosine", "sine", "cosine_with_restarts", "polynomial")),
     "lr_num_cycles": ("lr_scheduler", ("sine", "cosine_with_restarts")),
     "lr_power": ("lr_scheduler", ("polynomial",)),

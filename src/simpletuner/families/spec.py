@@ -68,6 +68,10 @@ class FamilySpec:
     values: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Option values of every flavour; a flavour's own win over them."""
     options: type[OptionGroup] = NoFamilyOptions
+    unquantised: tuple[str, ...] = ()
+    """fnmatch patterns on whole names of denoiser modules that a quantised base keeps in full precision."""
+    refused_precisions: tuple[str, ...] = ()
+    """Quantised precisions that the family's weights do not survive."""
 
     def layer_values(self, flavour: str) -> dict[str, Any]:
         """The `flavour` layer of option resolution."""

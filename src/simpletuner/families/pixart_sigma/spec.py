@@ -57,5 +57,7 @@ SPEC = FamilySpec(
     text=(TextSlot(encoder="t5", length=300, width=4096, masked=True),),
     supports=frozenset({Capability.FULL}),
     values={"max_grad_norm": 0.01, "validation_guidance": 4.5},
+    unquantised=("pos_embed.*", "adaln_single.*", "caption_projection.*", "proj_out"),
+    refused_precisions=("fp8-quanto",),
     implementation="simpletuner.families.pixart_sigma.family:PixArtSigma",
 )
