@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from simpletuner.errors import ExitCode, UserError
 
-ROWS_AT_ONCE = 1024
-"""Rows quantised in one go, so that the fp32 copy that they are rounded from stays small beside a whole weight."""
+ELEMENTS_AT_ONCE = 1 << 20
+"""Quantised in one go, so that the fp32 copy that codes are rounded from stays small beside a whole weight."""
 
 WITHOUT_DEQUANTISE = ("Int4TilePackedTo4dTensor",)
 """Weight classes of torchao that the library cannot turn back."""
@@ -70,8 +70,8 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 class QuantisedLinear(nn.Linear):
-    """A Linear over a frozen weight of optimum-quanto or torchao. A class of its own name: LyCORIS then acts on
-    activations, because it rebuilds weights only of what is called `Linear`."""
+    """A Linear over a frozen weight of optimum-quanto or torchao, that no adapter may rebuild: LyCORIS must be told
+    `bypass_mode`, or it would dequantise the weight into the graph (optimum-quanto) or fail (torchao)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device=META)
@@ -130,12 +130,15 @@ def _quanto_8bit(target: str) -> Quantise:
         from optimum.quanto.tensor.weights.qbytes import WeightQBytesTensor
 
         kind = qtypes[target]
-        scale_O1 = weight.abs().amax(1, keepdim=True).float().div(kind.qmax).to(weight.dtype)
-        scale_O1[scale_O1 == 0] = 1  # a row of zeros
+        scale_O1 = weight.new_empty(len(weight), 1)
         codes = torch.empty(weight.shape, dtype=kind.dtype, device=weight.device)
-        for first in range(0, len(weight), ROWS_AT_ONCE):
-            rows = slice(first, first + ROWS_AT_ONCE)
-            exact = (weight[rows].float() / scale_O1[rows].float()).clamp_(-kind.qmax, kind.qmax)
+        step = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
+        for first in range(0, len(weight), step):
+            rows = slice(first, first + step)
+            exact = weight[rows].float()
+            scale = exact.abs().amax(1, keepdim=True).div_(kind.qmax).to(weight.dtype)
+            scale_O1[rows] = scale.masked_fill_(scale == 0, 1)  # a row of zeros
+            exact.div_(scale.float()).clamp_(-kind.qmax, kind.qmax)
             codes[rows] = exact.to(kind.dtype) if kind.is_floating_point else exact.round_().to(kind.dtype)
         values = WeightQBytesTensor.create(kind, 0, weight.size(), weight.stride(), codes, scale_O1)
         return QuantisedLinear(values.to(device), bias)

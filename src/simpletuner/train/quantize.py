@@ -5,6 +5,7 @@ At no moment is more in memory than what is quantised so far and one tensor in f
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,6 +67,7 @@ def load_quantised(
     files = WeightFiles.find(folder, variant)
     model = build_empty(model_class, folder)
     _check_names(model, files)
+    release = _memory_release()
     quantised = set(quantised_names(model, precision, exclude))
     biases = {f"{name}.bias" for name in quantised}
     names = [name for name in files.names if name not in biases]
@@ -87,6 +89,7 @@ def load_quantised(
             linear = PRECISIONS[precision].quantise(weight, bias, device)
             model.set_submodule(module, linear)
             del weight
+            release()
         else:
             _place(model, name, tensors.pop().to(device))
     _place_computed(model, device)
@@ -182,6 +185,16 @@ def _ahead(read: Callable[[str], list[Tensor]], names: Sequence[str]) -> Iterato
             if following is not None:
                 coming.append(pool.submit(read, following))
             yield tensors
+
+
+def _memory_release() -> Callable[[], object]:
+    """What gives freed memory back to the system. Blocks of up to 32 MB lie in glibc's heap, where the codes that stay
+    keep the gaps between them: without this a process grows to three times the quantised base."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, TypeError, AttributeError):  # not glibc
+        return lambda: None
+    return lambda: trim(0)
 
 
 def _check_names(model: nn.Module, files: WeightFiles) -> None:
