@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from simpletuner.config.rules import QUANTISED
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.families.registry import load_spec
-from simpletuner.train.precision import PRECISIONS, QuantisedLinear, check_precision, dequantise, plain_tensors
+from simpletuner.train.precision import (
+    PRECISIONS,
+    QuantisedLinear,
+    check_precision,
+    dequantise,
+    multiply_out,
+    plain_tensors,
+)
 from simpletuner.train.quantize import Via, describe_quantised, is_quantised, load_quantised, quantised_names
 
 CPU = torch.device("cpu")
@@ -233,6 +240,12 @@ def test_the_graph_holds_no_dequantised_weight(precision: str) -> None:
         assert torch.equal(
             cast("Tensor", x.grad)[0], torch.ones(1, 64, dtype=BF16).matmul(dequantise(module.weight))[0]
         )
+
+
+def test_a_weight_that_can_only_be_multiplied_with() -> None:
+    """What int4-torchao's backward pass rests on, tried on a layout that this device has."""
+    weight = cast("Any", PRECISIONS["int8-torchao"].quantise(gaussian(48, 2048), None, CPU).weight)
+    assert torch.equal(multiply_out(weight), weight.dequantize())
 
 
 def test_a_trained_bias_gets_its_gradient() -> None:

@@ -99,11 +99,21 @@ class QuantisedLinear(nn.Linear):
 @torch.no_grad()
 def dequantise(weight: Any) -> Tensor:
     """(O, I) in the type that the weight computes in."""
-    if type(weight).__name__ not in WITHOUT_DEQUANTISE:
-        return weight.dequantize()
-    # Such a layout can only be multiplied with: the rows of the identity give its columns.
-    identity_II = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-    return nn.functional.linear(identity_II, weight).t()
+    return multiply_out(weight) if type(weight).__name__ in WITHOUT_DEQUANTISE else weight.dequantize()
+
+
+@torch.no_grad()
+def multiply_out(weight: Tensor) -> Tensor:
+    """(O, I), for a layout that can only be multiplied with: the rows of the identity give its columns."""
+    columns = weight.shape[1]
+    step = max(1, ELEMENTS_AT_ONCE // columns)
+    parts: list[Tensor] = []
+    for first in range(0, columns, step):
+        some = torch.arange(first, min(first + step, columns), device=weight.device)
+        identity = torch.zeros(len(some), columns, dtype=weight.dtype, device=weight.device)
+        identity[some - first, some] = 1
+        parts.append(nn.functional.linear(identity, weight))
+    return torch.cat(parts).t()
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
