@@ -1,7 +1,7 @@
 """Bytes, error and time of each quantised precision over a Flux of true width: one double and one single block.
 
 Random Gaussian weights, 256 image and 512 text tokens; the error is ‖a − b‖ ÷ ‖b‖ of the output against bf16. Prints
-rows for docs/benchmarks.md. `python -m scripts.measure_precisions [--device cuda] [--repeats 3]`
+rows for docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def build_batch(device: torch.device) -> dict[str, Tensor]:
 
 
 def measure(model: Any, batch: dict[str, Tensor], repeats: int) -> tuple[Tensor, float]:
-    """The output, and the median seconds of a forward and a backward pass to the input."""
+    """The output, and the median seconds of a forward and a backward pass to the input; without `repeats` the first."""
     output, seconds = torch.empty(0), list[float]()
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -65,7 +65,7 @@ def measure(model: Any, batch: dict[str, Tensor], repeats: int) -> tuple[Tensor,
         if output.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return output.detach().float(), median(seconds[1:])
+    return output.detach().float(), median(seconds[min(1, repeats) :])
 
 
 def load(folder: Path, name: str, device: torch.device) -> Any:
@@ -79,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     asked = parser.parse_args()
     device = torch.device(asked.device)
     torch.set_num_threads(1)
@@ -88,7 +89,7 @@ def main() -> None:
         folder = Path(place)
         write_base(folder)
         wanted = None
-        for name in ["bf16", *PRECISIONS]:
+        for name in ["bf16", *asked.precisions]:
             started = time.perf_counter()
             try:
                 model = load(folder, name, device)
@@ -102,7 +103,10 @@ def main() -> None:
             told = describe_quantised(model)
             weights = told["quantised_weights"]
             bits = f"{told['quantised_bytes'] * 8 / weights:.2f}" if weights else "16"
-            print(f"| {name} | {told['bytes'] / 1e6:.0f} | {bits} | {error:.4f} | {seconds:.2f} | {loading:.1f} |")
+            print(
+                f"| {name} | {told['bytes'] / 1e6:.0f} | {bits} | {error:.4f} | {seconds:.2f} | {loading:.1f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
