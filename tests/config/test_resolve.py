@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from config_place import BASE, Place, errors, only, warnings
@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simpletuner.config.directories import Directories
+from simpletuner.config.model_options import Precision
 from simpletuner.config.resolve import freeze, resolve
+from simpletuner.config.rules import QUANTISED
 from simpletuner.config.sources import Layer
 from simpletuner.errors import UserError
 from simpletuner.families.registry import load_spec
@@ -170,6 +172,18 @@ def test_quantised_full(place: Place) -> None:
     assert errors(place.resolve(base_model_precision="int8-quanto")) == {"/--base_model_precision": "quantised_full"}
     for name in ("bf16", "fp32", "no_change"):
         assert errors(place.resolve(base_model_precision=name)) == {}
+    for name in QUANTISED:
+        assert errors(place.resolve(base_model_precision=name)) == {"/--base_model_precision": "quantised_full"}
+
+
+def test_a_quantised_base_is_for_adapters(place: Place) -> None:
+    for name in QUANTISED:
+        refused = errors(place.resolve(base_model_precision=name, model_type="lora")).get("/--base_model_precision")
+        assert refused == ("incompatible_options" if name == "fp8-quanto" else None)  # §4.3, PixArt's flavour layer
+
+
+def test_every_precision_is_a_load_type_or_quantised() -> None:
+    assert {"no_change", "bf16", "fp16", "fp32", *QUANTISED} == set(get_args(Precision))
 
 
 RULES: list[tuple[dict[str, Any], str, str]] = [
@@ -217,6 +231,7 @@ NO_EFFECTS: list[tuple[dict[str, Any], str]] = [
     ({"refiner_training_strength": 0.5}, "refiner_training_strength"),
     ({"optimizer": "prodigy", "lr_scheduler": "cosine"}, "lr_scheduler"),
     ({"optimizer": "optimi-stableadamw", "max_grad_norm": 1.0}, "max_grad_norm"),
+    ({"quantize_via": "cpu"}, "quantize_via"),
 ]
 
 

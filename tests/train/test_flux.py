@@ -28,7 +28,7 @@ from simpletuner.diffusion.flow import FlowObjective, sampler_mu
 from simpletuner.families.base import build_family
 from simpletuner.families.flux.packing import pack, reference_offsets, unpack
 from simpletuner.families.flux.spec import LORA_TARGETS, SPEC
-from simpletuner.families.quantize import is_quantised_name
+from simpletuner.families.quantize import quantised_names
 from simpletuner.families.registry import load_spec
 from simpletuner.train.adapters import Lycoris, match_modules
 
@@ -57,7 +57,7 @@ def test_full_size(full_size: FluxTransformer2DModel) -> None:
     """Acceptance 28."""
     assert sum(parameter.numel() for parameter in full_size.parameters()) == 11_901_408_320
     linear = {n: m for n, m in full_size.named_modules() if isinstance(m, torch.nn.Linear)}
-    quantised = [m for n, m in linear.items() if is_quantised_name(n, m, SPEC.unquantised)]
+    quantised = [linear[name] for name in quantised_names(full_size, "int8-quanto", SPEC.unquantised)]
     assert len(quantised) == 494 and len(linear) - len(quantised) == 10
     assert round(sum(m.weight.numel() for m in quantised) / 1e9, 3) == 11.834
 

@@ -39,9 +39,8 @@ LATER = {
 }
 """Algorithms of the library that are not supported yet, and why."""
 
-_NEEDS_PLAIN_BASE = ("full",)
-_NEEDS_WEIGHTS = ("diag-oft", "boft")
-"""They read the base's weights as a matrix: of the quantised ones only quanto's answer to that."""
+_NEEDS_WEIGHTS = ("full", "diag-oft", "boft")
+"""They change the base's weights themselves, or read them as a matrix."""
 
 _OWN_KEYS = frozenset({"algo", "multiplier", "linear_dim", "linear_alpha", "apply_preset"})
 _PASSED_ON = frozenset(
@@ -135,12 +134,9 @@ def _check_preset(preset: Any) -> list[Problem]:
 def check_base(config: Mapping[str, Any], precision: str) -> list[Problem]:
     """Whether the algorithm works over a quantised base; `precision` is one."""
     algo = str(config.get("algo", "lora"))
-    if algo in _NEEDS_PLAIN_BASE or config.get("dora_wd"):
+    if algo in _NEEDS_WEIGHTS or config.get("dora_wd"):
         what = "dora_wd" if config.get("dora_wd") else algo
         return [_problem("incompatible_options", "algo", f"{what} cannot be trained over a {precision} base.", _PLAIN)]
-    if algo in _NEEDS_WEIGHTS and not precision.endswith("-quanto"):
-        hint = "Use int8-quanto, or a base in bf16."
-        return [_problem("incompatible_options", "algo", f"{algo} cannot be trained over a {precision} base.", hint)]
     return []
 
 

@@ -12,7 +12,7 @@ Precision = Literal[
     "no_change", "bf16", "fp16", "fp32", "int8-quanto", "int4-quanto", "fp8-quanto", "int8-torchao", "fp8-torchao",
     "fp8wo-torchao", "int4-torchao", "nf4-bnb",
 ]  # fmt: skip
-"""Names that are accepted; which of them are built is a rule, so that the answer can say more than "not a choice"."""
+"""Names that are accepted; which of them a run can have is a rule: its answer can say more than "not a choice"."""
 
 QUANTISED = tuple(name for name in get_args(Precision) if "-" in name)
 
@@ -94,6 +94,10 @@ class PrecisionOptions(OptionGroup):
 
     mixed_precision: Annotated[Literal["bf16", "fp16", "no"], Ui(tab="hardware", order=3)] = "bf16"
     """Type that the network computes in; `no` computes in the type of the weights."""
+
+    quantize_via: Annotated[Literal["accelerator", "cpu", "pipeline"], Ui(tab="hardware", order=4)] = "accelerator"
+    """Where the base is quantised: on the device, on the CPU, or on the device while the next weight is read ahead.
+    The weights are equal."""
 
     use_ema: Annotated[bool, Ui(tab="training", order=60)] = False
     """Keep an exponential moving average of the trained weights, in fp32."""

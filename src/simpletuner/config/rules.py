@@ -69,17 +69,21 @@ def _run_length(at: Situation) -> Iterator[Problem]:
 
 
 def _model_type(at: Situation) -> Iterator[Problem]:
-    quantised = at.values["base_model_precision"] in QUANTISED
-    if at.values["model_type"] == "full" and quantised:
+    precision = at.values["base_model_precision"]
+    if at.values["model_type"] == "full" and precision in QUANTISED:
         yield error_about(
             "quantised_full",
             "base_model_precision",
-            f"A full fine-tune cannot train a base quantised to {at.values['base_model_precision']}.",
+            f"A full fine-tune cannot train a base quantised to {precision}.",
             "Use bf16 or fp32, or train an adapter (--model_type lora).",
         )
-    if at.values["base_model_precision"] in at.spec.refused_precisions:
-        message = f"{at.spec.title} cannot be trained over {at.values['base_model_precision']}: it loses too much."
-        yield error_about("incompatible_options", "base_model_precision", message, "Use int8-quanto.")
+    elif precision in at.spec.refused_precisions:
+        yield error_about(
+            "incompatible_options",
+            "base_model_precision",
+            f"{at.spec.title} cannot be trained over a base in {precision}.",
+            "Use int8-quanto.",
+        )
     if at.values["model_type"] == "lora" and Capability.LORA not in at.spec.supports:
         yield error_about(
             "option_not_supported_yet",
@@ -87,7 +91,7 @@ def _model_type(at: Situation) -> Iterator[Problem]:
             f"Adapters for {at.spec.title} are not supported yet.",
             "Use --model_type full.",
         )
-    if "fp16" in (at.values["base_model_precision"], at.values["mixed_precision"]):
+    if "fp16" in (precision, at.values["mixed_precision"]):
         option = "mixed_precision" if at.values["mixed_precision"] == "fp16" else "base_model_precision"
         yield error_about(
             "option_not_supported_yet", option, "Training in fp16 is not supported yet.", "Use bf16 or fp32."
@@ -156,6 +160,7 @@ _ACTS_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "refiner_training_strength": ("refiner_training", (True,)),
     "refiner_training_invert_schedule": ("refiner_training", (True,)),
     "dataloader_prefetch_qlen": ("dataloader_prefetch", (True,)),
+    "quantize_via": ("base_model_precision", QUANTISED),
     "lr_end": ("lr_scheduler", ("linear", "cosine", "sine", "cosine_with_restarts", "polynomial")),
     "lr_num_cycles": ("lr_scheduler", ("sine", "cosine_with_restarts")),
     "lr_power": ("lr_scheduler", ("polynomial",)),

@@ -1,198 +1,243 @@
-"""Frozen bases in few bits, loaded module by module: never the whole model in full precision. training.md §4.5."""
+"""Frozen bases in a quantised precision, loaded tensor by tensor. training.md §4.5.
+
+At no moment is more in memory than what is quantised so far and one tensor in full (with `pipeline`, two).
+"""
 
 from __future__ import annotations
 
+import ctypes
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from fnmatch import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
-import accelerate
 import torch
-from diffusers.models.modeling_utils import no_init_weights
+from accelerate import init_empty_weights
+from diffusers.utils.constants import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from simpletuner.errors import ExitCode, UserError
+from simpletuner.families.precision import PRECISIONS, QuantisedLinear, check_precision, plain_tensors
 
-Quantise = Callable[[nn.Linear], nn.Linear]
-"""A frozen Linear with its weights in memory → one in few bits."""
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_UNUSABLE = (ImportError, AssertionError, RuntimeError, ValueError)
-"""What the libraries raise where a device or a kernel is missing."""
+Via = Literal["accelerator", "cpu", "pipeline"]
 
 
-def _quanto(kind: str) -> Quantise:
-    def quantise(linear: nn.Linear) -> nn.Linear:
-        import optimum.quanto as quanto
-
-        module: Any = quanto.QLinear.from_module(linear, weights=vars(quanto)[kind])
-        module.freeze()
-        return module
-
-    return quantise
-
-
-def _torchao(kind: str) -> Quantise:
-    def quantise(linear: nn.Linear) -> nn.Linear:
-        import torchao.quantization as torchao
-
-        if linear.in_features % 16 == 0 and linear.out_features % 16 == 0:
-            torchao.quantize_(linear, vars(torchao)[kind]())
-        return linear
-
-    return quantise
+def quantised_names(model: nn.Module, precision: str, exclude: Sequence[str]) -> list[str]:
+    """Names of the Linear modules whose weight is quantised. `exclude`: fnmatch patterns on whole module names."""
+    rows, columns = PRECISIONS[precision].divisor
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not any(fnmatchcase(name, pattern) for pattern in exclude)
+        and module.out_features % rows == 0
+        and module.in_features % columns == 0
+    ]
 
 
-def _nf4(linear: nn.Linear) -> nn.Linear:
-    from bitsandbytes.nn.modules import Linear4bit, Params4bit
-
-    bias: Any = linear.bias
-    with torch.device("meta"):
-        module: Any = Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            bias=bias is not None,
-            compute_dtype=linear.weight.dtype,
-            quant_type="nf4",
-        )
-    parameter: Any = Params4bit
-    module.weight = parameter(linear.weight.data, requires_grad=False, quant_type="nf4")
-    module.bias = bias
-    # On CPUs the library would repack the weights when it first validates, for kernels that have no backward pass.
-    module.support_avx512bf16_for_cpu = False
-    return module.to(linear.weight.device)
+def build_empty(model_class: type[Any], folder: Path) -> nn.Module:
+    """The model that `folder/config.json` describes: parameters on the meta device, computed buffers real."""
+    with init_empty_weights(include_buffers=False):
+        return model_class.from_config(model_class.load_config(folder))
 
 
-PRECISIONS: Mapping[str, tuple[Quantise, str]] = {
-    "int8-quanto": (_quanto("qint8"), "pip install optimum-quanto"),
-    "int4-quanto": (_quanto("qint4"), "pip install optimum-quanto"),
-    "fp8-quanto": (_quanto("qfloat8"), "pip install optimum-quanto"),
-    "int8-torchao": (_torchao("Int8WeightOnlyConfig"), "pip install torchao"),
-    "fp8wo-torchao": (_torchao("Float8WeightOnlyConfig"), "pip install torchao"),
-    "fp8-torchao": (
-        _torchao("Float8DynamicActivationFloat8WeightConfig"),
-        "It multiplies in 8 bits: an NVIDIA GPU of compute capability 8.9 or above. On others: fp8wo-torchao.",
-    ),
-    "int4-torchao": (_torchao("Int4WeightOnlyConfig"), "It needs an NVIDIA GPU and `pip install mslk`."),
-    "nf4-bnb": (_nf4, "pip install 'simpletuner[bnb]'"),
-}
-"""Name → how one Linear is quantised, and what the library needs."""
-
-
+@torch.no_grad()
 def load_quantised(
-    kind: Any,
+    model_class: type[Any],
     folder: Path,
     precision: str,
     *,
-    dtype: torch.dtype,
-    unquantised: Sequence[str],
+    default_dtype: torch.dtype,
+    exclude: Sequence[str],
+    device: torch.device,
     variant: str | None = None,
+    via: Via = "accelerator",
 ) -> nn.Module:
-    """A diffusers model of class `kind`: each Linear is read, quantised and let go before the next; frozen.
+    """A frozen diffusers model on `device`, in evaluation mode.
 
-    Modules that fit a pattern of `unquantised`, and all that is not a Linear, are of `dtype`.
-    Raises UserError `precision_unavailable` before anything is read, `model_part_missing` where weights are missing.
+    Weights of Linear modules that `exclude` does not match are quantised from `default_dtype`, all else is in
+    `default_dtype`. `via` says where: each value of it gives equal weights. Raises UserError `precision_unavailable`
+    before anything is read, `model_part_missing` (69) and `model_weights_mismatch` (69).
     """
-    check_precision(precision, dtype)
-    with no_init_weights(), accelerate.init_empty_weights():
-        model: nn.Module = kind.from_config(kind.load_config(folder))
-    quantise = PRECISIONS[precision][0]
-    weights = _Weights(folder, variant)
-    for name, module in list(model.named_modules()):
-        for own, value in weights.of(name, module):
-            module.register_parameter(own, nn.Parameter(value.to(dtype), requires_grad=False))
-        if name and is_quantised_name(name, module, unquantised):
-            assert isinstance(module, nn.Linear)
-            found = quantise(module)
-            if found is not module:
-                model.set_submodule(name, found)
-                # The list of modules still holds the one that was replaced.
-                module.register_parameter("weight", None)
-    model.requires_grad_(False)
-    return model
+    check_precision(precision, device, default_dtype, via)
+    files = WeightFiles.find(folder, variant)
+    model = build_empty(model_class, folder)
+    _check_names(model, files)
+    release = _memory_release()
+    quantised = set(quantised_names(model, precision, exclude))
+    biases = {f"{name}.bias" for name in quantised}
+    names = [name for name in files.names if name not in biases]
+    place = torch.device("cpu") if via == "cpu" else device
+
+    def read(name: str) -> list[Tensor]:
+        """The tensor; with the weight of a quantised module its bias, if it has one."""
+        module, _, kind = name.rpartition(".")
+        bias = f"{module}.bias"
+        parts = [name, bias] if kind == "weight" and module in quantised and bias in files.places else [name]
+        return [files.read(part, place, default_dtype) for part in parts]
+
+    for name, tensors in zip(names, _ahead(read, names) if via == "pipeline" else map(read, names), strict=True):
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and module in quantised:
+            weight = tensors.pop(0)
+            _check_shape(model, name, weight)
+            bias = tensors.pop().to(device) if tensors else None
+            linear = PRECISIONS[precision].quantise(weight, bias, device)
+            model.set_submodule(module, linear)
+            del weight
+            release()
+        else:
+            _place(model, name, tensors.pop().to(device))
+    _place_computed(model, device)
+    return model.requires_grad_(False).eval()
 
 
-def is_quantised_name(name: str, module: nn.Module, unquantised: Sequence[str]) -> bool:
-    """A Linear outside the family's table of those that stay as they are."""
-    return isinstance(module, nn.Linear) and not any(fnmatch(name, pattern) for pattern in unquantised)
+def describe_quantised(model: nn.Module) -> dict[str, int]:
+    """What is quantised: `quantised_modules`, `quantised_weights` (elements), `kept_modules` (Linear modules in full
+    precision), `quantised_bytes` (codes and scales), `bytes` (all parameters and buffers)."""
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    quantised = [module for module in linears if is_quantised(module)]
+    tensors = [*model.parameters(), *model.buffers()]
+    return {
+        "quantised_modules": len(quantised),
+        "quantised_weights": sum(module.in_features * module.out_features for module in quantised),
+        "kept_modules": len(linears) - len(quantised),
+        "quantised_bytes": sum(part.nbytes for module in quantised for part in plain_tensors(module.weight)),
+        "bytes": sum(part.nbytes for tensor in tensors for part in plain_tensors(tensor)),
+    }
 
 
-def check_precision(precision: str, dtype: torch.dtype) -> None:
-    """Try it on a small Linear, forward and backward. Raises UserError `precision_unavailable` (69)."""
-    quantise, need = PRECISIONS[precision]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    linear = nn.Linear(256, 256, dtype=dtype, device=device).requires_grad_(False)
+def is_quantised(module: nn.Module) -> bool:
+    return isinstance(module, QuantisedLinear) or (
+        isinstance(module, nn.Linear) and "quant_state" in vars(module.weight)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """The safetensors files of a model: the file of each tensor, in the order in which they lie on disk."""
+
+    places: dict[str, Path]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.places)
+
+    @classmethod
+    def find(cls, folder: Path, variant: str | None) -> WeightFiles:
+        """One file, or an index and its shards."""
+        infix = f".{variant}" if variant else ""
+        single = folder / SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", f"{infix}.safetensors")
+        index = folder / SAFE_WEIGHTS_INDEX_NAME.replace(".json", f"{infix}.json")
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            paths = [folder / shard for shard in shards]
+        else:
+            paths = [single]
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise UserError(
+                "model_part_missing",
+                f"{folder} has no {', '.join(missing)}.",
+                hint="A quantised base is read from safetensors files in diffusers format. Check --variant.",
+                pointer="/--pretrained_model_name_or_path",
+                exit_code=ExitCode.OUTSIDE,
+            )
+        return cls({name: path for path in paths for name in _names_in(path)})
+
+    def read(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """A copy in `dtype`, if it is of a floating type. The file is opened for this tensor alone: pages of an open
+        mapping stay in memory once they were touched, so one open file would grow to the whole base."""
+        path = self.places[name]
+        with _opened(path) as file:
+            tensor = cast("Tensor", file.get_tensor(name))
+        return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _opened(path: Path) -> Any:
     try:
-        x = torch.ones(32, 256, dtype=dtype, device=device, requires_grad=True)
-        quantise(linear)(x).sum().backward()
-    except _UNUSABLE as error:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
         raise UserError(
-            "precision_unavailable",
-            f"--base_model_precision {precision} cannot be used on this {device}: {error}",
-            hint=need,
-            pointer="/--base_model_precision",
+            "model_weights_mismatch",
+            f"{path} is no whole safetensors file: {error}",
+            hint="Fetch it again.",
+            pointer="/--pretrained_model_name_or_path",
             exit_code=ExitCode.OUTSIDE,
         ) from error
 
 
-class _Weights:
-    """The safetensors files of a diffusers model, read tensor by tensor.
+def _names_in(path: Path) -> list[str]:
+    with _opened(path) as file:
+        return list(file.offset_keys())
 
-    Not mapped: pages of a mapped file count as the process's memory for as long as it is open, all of the model then.
-    """
 
-    def __init__(self, folder: Path, variant: str | None) -> None:
-        self._folder = folder
-        self._stem = f"diffusion_pytorch_model{f'.{variant}' if variant else ''}"
-        self._variant = variant
-        self._place_of: dict[str, tuple[Path, torch.dtype, list[int], int]] = {}
-        for path in self._files():
-            self._read_header(path)
+def _ahead(read: Callable[[str], list[Tensor]], names: Sequence[str]) -> Iterator[list[Tensor]]:
+    """One tensor is read while the one before it is quantised."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = [pool.submit(read, name) for name in names[:1]]
+        for following in [*names[1:], None]:
+            tensors = coming.pop().result()
+            if following is not None:
+                coming.append(pool.submit(read, following))
+            yield tensors
 
-    def _read_header(self, path: Path) -> None:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(size))
-        for key, entry in header.items():
-            if key != "__metadata__":
-                start = 8 + size + entry["data_offsets"][0]
-                self._place_of[key] = (path, _DTYPES[entry["dtype"]], entry["shape"], start)
 
-    def _read(self, key: str) -> Tensor:
-        path, dtype, shape, start = self._place_of[key]
-        value = torch.empty(shape, dtype=dtype)
-        with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            target: Any = value.view(-1).view(torch.uint8).numpy()
-            file.readinto(target)
-        return value
+def _memory_release() -> Callable[[], object]:
+    """What gives freed memory back to the system. Blocks of up to 32 MB lie in glibc's heap, where the codes that stay
+    keep the gaps between them: without this a process grows to three times the quantised base."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, TypeError, AttributeError):  # not glibc
+        return lambda: None
+    return lambda: trim(0)
 
-    def of(self, name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """The parameters that are the module's own, by their name in it."""
-        for own, _ in module.named_parameters(recurse=False):
-            key = f"{name}.{own}" if name else own
-            if key not in self._place_of:
-                raise self._missing(f"the weight {key}")
-            yield own, self._read(key)
 
-    def _files(self) -> list[Path]:
-        variant = f".{self._variant}" if self._variant else ""
-        index = self._folder / f"diffusion_pytorch_model.safetensors.index{variant}.json"
-        if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            return [self._folder / name for name in names]
-        whole = self._folder / f"{self._stem}.safetensors"
-        if not whole.exists():
-            raise self._missing(whole.name)
-        return [whole]
+def _check_names(model: nn.Module, files: WeightFiles) -> None:
+    expected = set(model.state_dict())
+    found = set(files.places)
+    problems = [
+        f"{len(names)} {kind} ({', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''})"
+        for kind, names in (("missing", expected - found), ("unknown", found - expected))
+        if names
+    ]
+    if problems:
+        raise _mismatch(f"The weights do not fit {type(model).__name__}: {'; '.join(problems)}.")
 
-    def _missing(self, what: str) -> UserError:
-        return UserError(
-            "model_part_missing",
-            f"{self._folder} lacks {what}.",
-            hint="Quantised bases are loaded from the safetensors files of a diffusers folder.",
-            pointer="/--pretrained_model_name_or_path",
-            exit_code=ExitCode.OUTSIDE,
-        )
+
+def _check_shape(model: nn.Module, name: str, tensor: Tensor) -> None:
+    module, _, kind = name.rpartition(".")
+    wanted = cast("Tensor", getattr(model.get_submodule(module), kind)).shape
+    if tensor.shape != wanted:
+        raise _mismatch(f"{name} has shape {tuple(tensor.shape)}; the configuration asks for {tuple(wanted)}.")
+
+
+def _mismatch(message: str) -> UserError:
+    return UserError(
+        "model_weights_mismatch",
+        message,
+        hint="config.json and the weights must be of one model, in diffusers format.",
+        pointer="/--pretrained_model_name_or_path",
+        exit_code=ExitCode.OUTSIDE,
+    )
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
+    _check_shape(model, name, tensor)
+    owner, _, kind = name.rpartition(".")
+    module = model.get_submodule(owner)
+    is_parameter = isinstance(getattr(module, kind), nn.Parameter)
+    setattr(module, kind, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+
+
+def _place_computed(model: nn.Module, device: torch.device) -> None:
+    """Buffers that no file holds, such as position tables: computed when the model was built."""
+    stored = set(model.state_dict())
+    for name, buffer in list(model.named_buffers()):
+        if name not in stored:
+            owner, _, kind = name.rpartition(".")
+            setattr(model.get_submodule(owner), kind, buffer.to(device))

@@ -10,7 +10,8 @@ from torch import nn
 
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.families.base import DTYPES
-from simpletuner.families.quantize import PRECISIONS, load_quantised
+from simpletuner.families.precision import PRECISIONS, check_precision
+from simpletuner.families.quantize import load_quantised
 from simpletuner.families.spec import FamilySpec
 
 
@@ -19,13 +20,27 @@ def weight_dtype(config: TrainConfig) -> torch.dtype:
     return DTYPES.get(config.precision.base_model_precision, DTYPES[config.precision.base_model_default_dtype])
 
 
+def check_base(config: TrainConfig, device: torch.device) -> None:
+    """Whether the base's precision can be had on this device: asked before anything is read. Raises UserError."""
+    options = config.precision
+    if options.base_model_precision in PRECISIONS:
+        check_precision(options.base_model_precision, device, weight_dtype(config), options.quantize_via)
+
+
 def load_base_model(
     kind: Any, folder: Path, config: TrainConfig, spec: FamilySpec, *, variant: str | None = None
 ) -> nn.Module:
-    """A diffusers model of class `kind` from `folder`, on the CPU; frozen where it is quantised."""
-    precision = config.precision.base_model_precision
-    if precision in PRECISIONS:
-        return load_quantised(
-            kind, folder, precision, dtype=weight_dtype(config), unquantised=spec.unquantised, variant=variant
-        )
-    return kind.from_pretrained(folder, torch_dtype=weight_dtype(config), variant=variant)
+    """A diffusers model of class `kind` from `folder`, on the CPU; a quantised one frozen, where training will be."""
+    options = config.precision
+    if options.base_model_precision not in PRECISIONS:
+        return kind.from_pretrained(folder, torch_dtype=weight_dtype(config), variant=variant)
+    return load_quantised(
+        kind,
+        folder,
+        options.base_model_precision,
+        default_dtype=weight_dtype(config),
+        exclude=spec.unquantised,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        variant=variant,
+        via=options.quantize_via,
+    )

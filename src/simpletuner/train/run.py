@@ -23,7 +23,7 @@ from simpletuner.errors import ExitCode, UserError
 from simpletuner.events import Event, EventType, Severity, SummaryData, TrainingStatusData
 from simpletuner.families.base import DTYPES, Family, build_family
 from simpletuner.families.registry import load_spec
-from simpletuner.families.weights import weight_dtype
+from simpletuner.families.weights import check_base, weight_dtype
 from simpletuner.job import JobDir
 from simpletuner.train.adapters import attach_adapter
 from simpletuner.train.buffer import build_buffers
@@ -92,6 +92,7 @@ def build_run(job: JobDir, reporter: Reporter, requests: RequestReader) -> Built
     family_spec = load_spec(values["model_family"])
     config = TrainConfig.from_flat(values, job.read_datasets(), family_spec)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_base(config, device)
     torch.set_flush_denormal(True)
     assert config.run.seed is not None
     seed_generators(config.run.seed)
