@@ -177,6 +177,13 @@ def test_loss_golden(world: TinyWorld, request: pytest.FixtureRequest, lora_type
     assert sum(losses[-4:]) < sum(losses[:4])
 
 
+def test_another_rank_is_another_run(world: TinyWorld) -> None:
+    options = LYCORIS | {"output_dir": "ranks", "max_train_steps": 1}
+    world.run(**options)
+    assert code_of(world, **options | {"lora_rank": 8, "max_train_steps": 2}) == "resume_incompatible"
+    assert code_of(world, **options | {"lora_type": "standard", "max_train_steps": 2}) == "resume_incompatible"
+
+
 def code_of(world: TinyWorld, **options: Any) -> str:
     with pytest.raises(UserError) as raised:
         world.run(**options)

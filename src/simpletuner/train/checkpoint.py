@@ -165,8 +165,8 @@ def _listing(output_dir: Path) -> str:
     return f"Complete ones in {output_dir}: {', '.join(names) or 'none'}."
 
 
-def load_checkpoint(point: ResumePoint, update: Update, device: torch.device) -> None:
-    """Optimizer, moving average and generators; the denoiser was loaded from the folder before."""
+def load_checkpoint(point: ResumePoint, trained: Trained, update: Update, device: torch.device) -> None:
+    """Weights, optimizer, moving average and generators. Raises UserError `resume_incompatible`."""
     if point.record["layout"] != update.layout:
         raise UserError(
             "resume_incompatible",
@@ -174,6 +174,7 @@ def load_checkpoint(point: ResumePoint, update: Update, device: torch.device) ->
             hint="Choose another --output_dir, or set --resume_from_checkpoint to nothing.",
             pointer="/--resume_from_checkpoint",
         )
+    trained.load(point.folder.path)
     update.load_state(load_file(point.folder.path / OPTIMIZER, device=str(device)))
     restore_rng(load_file(point.folder.path / RNG))
 

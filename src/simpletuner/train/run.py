@@ -262,8 +262,7 @@ class _Builder:
             seed_generators(self._seed)
             return TrainState()
         with self._reporter.stage("init_resume_checkpoint", "Resuming"):
-            trained.load(point.folder.path)
-            load_checkpoint(point, update, self._device)
+            load_checkpoint(point, trained, update, self._device)
         return point.state
 
     def _build_run(

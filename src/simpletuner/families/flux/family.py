@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
@@ -22,7 +21,7 @@ from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.keys import u
 from simpletuner.data.loader import Batch
 from simpletuner.families.base import DTYPES, Draw, ImageRequest
-from simpletuner.families.encoders import AutoencoderLatents, fingerprint
+from simpletuner.families.encoders import AutoencoderLatents, autoencoder_fingerprint, fingerprint, load_autoencoder
 from simpletuner.families.flux.packing import pack, pack_references, position_ids, unpack
 from simpletuner.families.repository import Repository
 from simpletuner.families.spec import FamilySpec
@@ -65,6 +64,7 @@ class Flux:
         self._vae = self._override(model.pretrained_vae_model_name_or_path)
         self._transformer = self._override(model.pretrained_transformer_model_name_or_path)
         self.weight_dtype = weight_dtype(config)
+        self._vae_dtype = DTYPES.get(model.vae_dtype)
         self._text_dtype = DTYPES[config.precision.base_model_default_dtype]
         self._tokens = self._flavour.tokens or next(slot.length for slot in spec.text if slot.encoder == "t5")
 
@@ -78,10 +78,10 @@ class Flux:
         return load_base_model(FluxTransformer2DModel, source, self._config, self.spec, variant=variant)
 
     def picture_fingerprint(self) -> str:
-        return fingerprint(kind="AutoencoderKL 2", files=self._vae.hash_of(["vae"]), dtype=self._config.model.vae_dtype)
+        return autoencoder_fingerprint(self._vae, self._config.model.vae_dtype)
 
     def load_picture_encoder(self, device: torch.device) -> AutoencoderLatents:
-        return AutoencoderLatents(self._load_vae(device), self.picture_fingerprint())
+        return AutoencoderLatents(load_autoencoder(self._vae, self._vae_dtype, device), self.picture_fingerprint())
 
     def caption_fingerprint(self) -> str:
         files = self._repository.hash_of(_TEXT_PARTS)
@@ -148,7 +148,8 @@ class Flux:
         """The official pipeline of the flavour; references enter as latents, scaled as in training."""
         kind = _ReferencePipeline if self._flavour.edits_references else FluxPipeline
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config())
-        pipeline: Any = kind(scheduler, self._load_vae(device), None, None, None, None, denoiser)  # pyright: ignore[reportArgumentType]
+        vae: Any = load_autoencoder(self._vae, self._vae_dtype, device)
+        pipeline: Any = kind(scheduler, vae, None, None, None, None, denoiser)  # pyright: ignore[reportArgumentType]
         pipeline.set_progress_bar_config(disable=True)
 
         def draw(request: ImageRequest) -> Image.Image:
@@ -174,12 +175,6 @@ class Flux:
             "vae": ["diffusers", "AutoencoderKL"],
         }
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-    def _load_vae(self, device: torch.device) -> AutoencoderKL:
-        dtype = DTYPES.get(self._config.model.vae_dtype)
-        vae = AutoencoderKL.from_pretrained(self._vae.part("vae"), torch_dtype=dtype, variant=self._vae.variant)
-        vae.to(device)  # pyright: ignore[reportArgumentType]
-        return vae.eval()
 
 
 class _ReferencePipeline(FluxKontextPipeline):

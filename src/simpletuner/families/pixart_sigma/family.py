@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import PixArtSigmaPipeline
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
@@ -20,7 +19,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.loader import Batch
 from simpletuner.families.base import DTYPES, Draw, ImageRequest
-from simpletuner.families.encoders import AutoencoderLatents, fingerprint
+from simpletuner.families.encoders import AutoencoderLatents, autoencoder_fingerprint, fingerprint, load_autoencoder
 from simpletuner.families.repository import Repository
 from simpletuner.families.samplers import build_sampler
 from simpletuner.families.spec import FamilySpec
@@ -70,6 +69,7 @@ class PixArtSigma:
         self._vae = self._override(model.pretrained_vae_model_name_or_path)
         self._transformer = self._override(model.pretrained_transformer_model_name_or_path)
         self.weight_dtype = weight_dtype(config)
+        self._vae_dtype = DTYPES.get(model.vae_dtype)
         self._text_dtype = DTYPES[config.precision.base_model_default_dtype]
 
     def _override(self, name: str | None) -> Repository:
@@ -81,10 +81,10 @@ class PixArtSigma:
         return load_base_model(PixArtTransformer2DModel, source, self._config, self.spec, variant=variant)
 
     def picture_fingerprint(self) -> str:
-        return fingerprint(kind="AutoencoderKL 2", files=self._vae.hash_of(["vae"]), dtype=self._config.model.vae_dtype)
+        return autoencoder_fingerprint(self._vae, self._config.model.vae_dtype)
 
     def load_picture_encoder(self, device: torch.device) -> AutoencoderLatents:
-        return AutoencoderLatents(self._load_vae(device), self.picture_fingerprint())
+        return AutoencoderLatents(load_autoencoder(self._vae, self._vae_dtype, device), self.picture_fingerprint())
 
     def caption_fingerprint(self) -> str:
         files = self._repository.hash_of(["text_encoder", "tokenizer"])
@@ -133,7 +133,8 @@ class PixArtSigma:
             self._config.validation.validation_noise_scheduler,
             self._config.model.prediction_type,
         )
-        pipeline = PixArtSigmaPipeline(None, None, self._load_vae(device), denoiser, scheduler)  # pyright: ignore[reportArgumentType]
+        vae = load_autoencoder(self._vae, self._vae_dtype, device)
+        pipeline = PixArtSigmaPipeline(None, None, vae, denoiser, scheduler)  # pyright: ignore[reportArgumentType]
         pipeline.set_progress_bar_config(disable=True)
 
         def draw(request: ImageRequest) -> Image.Image:
@@ -162,12 +163,6 @@ class PixArtSigma:
             "vae": ["diffusers", "AutoencoderKL"],
         }
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-    def _load_vae(self, device: torch.device) -> AutoencoderKL:
-        dtype = DTYPES.get(self._config.model.vae_dtype)
-        vae = AutoencoderKL.from_pretrained(self._vae.part("vae"), torch_dtype=dtype, variant=self._vae.variant)
-        vae.to(device)  # pyright: ignore[reportArgumentType]
-        return vae.eval()
 
     def _size_conditions(self, denoiser: nn.Module, noisy_BCHW: Tensor) -> dict[str, Tensor | None]:
         """Height, width and aspect in pixels, for the checkpoints that are conditioned on them."""
