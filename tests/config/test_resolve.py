@@ -216,6 +216,9 @@ def test_a_rule_names_its_option(place: Place, options: dict[str, Any], pointer:
 NO_EFFECTS: list[tuple[dict[str, Any], str]] = [
     ({"flow_schedule_shift": 3.0}, "flow_schedule_shift"),
     ({"lora_rank": 4}, "lora_rank"),
+    ({"num_eval_images": 2}, "num_eval_images"),
+    ({"conditioning_multidataset_sampling": "combined"}, "conditioning_multidataset_sampling"),
+    ({"masked_loss_probability": 0.5}, "masked_loss_probability"),
     ({"flux_guidance_value": 2.0}, "flux_guidance_value"),
     ({"clip_skip": 2}, "clip_skip"),
     ({"ema_decay": 0.9}, "ema_decay"),

@@ -231,6 +231,22 @@ def test_a_mistake_is_named_with_its_place(world: TinyWorld, options: dict[str, 
     assert found.get(pointer) == code, found
 
 
+IDLE: list[dict[str, Any]] = [
+    {"validation_noise_scheduler": "euler"},
+    {"validation_negative_prompt": "blurry"},
+    {"refiner_training": True},
+    {"flux_guidance_max": 3.0},
+    {"flow_beta_schedule_alpha": 3.0},
+    {"masked_loss_probability": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", IDLE, ids=lambda row: next(iter(row)))
+def test_what_cannot_act_on_kontext_says_so(world: TinyWorld, options: dict[str, Any]) -> None:
+    found = {problem.option for problem in world.resolve(**LYCORIS | options).warnings}
+    assert next(iter(options)) in found
+
+
 def test_kontext_needs_references_and_clip_skip_does_nothing(world: TinyWorld) -> None:
     entries = world.entries
     world.entries = [{key: value for key, value in entries[0].items() if key != "conditioning_data"}]

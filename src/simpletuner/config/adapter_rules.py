@@ -8,6 +8,7 @@ from typing import Any
 from simpletuner.config.flux_options import FluxOptions
 from simpletuner.config.lycoris import check_base, check_lycoris_config, is_unedited
 from simpletuner.config.model_options import QUANTISED
+from simpletuner.config.pairing import MASKS
 from simpletuner.config.situation import Situation, error_about, warning_about
 from simpletuner.errors import Problem
 
@@ -68,6 +69,7 @@ def reference_rule(at: Situation) -> Iterator[Problem]:
         for pointer, entry in zip(at.pointers, at.datasets, strict=True)
         if entry["dataset_type"] in ("image", "eval") and not entry["disabled"]
     ]
+    yield from _without_references(at, [entry for _, entry in images])
     if at.spec.flavours[at.values["model_flavour"]].edits_references:
         for pointer, entry in images:
             if not entry["conditioning_data"]:
@@ -84,3 +86,19 @@ def reference_rule(at: Situation) -> Iterator[Problem]:
         yield error_about(
             "bad_choice", "eval_dataset_id", f"There is no image or eval dataset {wanted!r}.", f"There are: {names}."
         )
+
+
+def _without_references(at: Situation, images: list[dict[str, Any]]) -> Iterator[Problem]:
+    """Options about references and masks, in a run that has none."""
+    idle: dict[str, str] = {}
+    if not at.spec.flavours[at.values["model_flavour"]].edits_references:
+        reason = f"{at.spec.title} {at.values['model_flavour']} does not draw on references"
+        idle |= {"eval_dataset_id": reason, "num_eval_images": reason}
+    used = {name for entry in images for name in entry["conditioning_data"]}
+    if not used:
+        idle["conditioning_multidataset_sampling"] = "no dataset names a conditioning set"
+    if not any(entry["id"] in used and entry.get("conditioning_type") in MASKS for entry in at.datasets):
+        idle["masked_loss_probability"] = "there is no mask"
+    for name, reason in idle.items():
+        if at.given(name):
+            yield warning_about("option_no_effect", name, f"--{name} has no effect: {reason}.")

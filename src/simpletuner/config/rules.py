@@ -38,7 +38,8 @@ FLOW_ONLY = (
 )  # fmt: skip
 DIFFUSION_ONLY = (
     "offset_noise", "snr_gamma", "timestep_bias_strategy", "timestep_bias_multiplier", "timestep_bias_portion",
-    "timestep_bias_begin", "timestep_bias_end",
+    "timestep_bias_begin", "timestep_bias_end", "refiner_training", "refiner_training_strength",
+    "refiner_training_invert_schedule", "validation_negative_prompt", "validation_noise_scheduler",
 )  # fmt: skip
 TRACKER_OPTIONS = ("tracker_project_name", "tracker_run_name")
 
@@ -147,6 +148,12 @@ def _wrong_family(at: Situation) -> Iterator[Problem]:
 
 
 _ACTS_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "flow_beta_schedule_alpha": ("flow_use_beta_schedule", (True,)),
+    "flow_beta_schedule_beta": ("flow_use_beta_schedule", (True,)),
+    "flow_schedule_shift": ("flow_schedule_auto_shift", (False,)),
+    "flux_guidance_value": ("flux_guidance_mode", ("constant",)),
+    "flux_guidance_min": ("flux_guidance_mode", ("random-range",)),
+    "flux_guidance_max": ("flux_guidance_mode", ("random-range",)),
     "ema_decay": ("use_ema", (True,)),
     "ema_validation": ("use_ema", (True,)),
     "huber_c": ("loss_type", ("huber", "smooth_l1")),
