@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from simpletuner.config.flux_options import FluxOptions
@@ -56,7 +57,8 @@ def flux_rule(at: Situation) -> Iterator[Problem]:
         return
     if at.values["model_flavour"] == "schnell" and not at.values["flux_fast_schedule"]:
         message = "Schnell is distilled to four noise levels: trained at others it loses them."
-        yield error_about("incompatible_options", "flux_fast_schedule", message, "Set --flux_fast_schedule true.")
+        guard = error_about("incompatible_options", "flux_fast_schedule", message, "Set --flux_fast_schedule true.")
+        yield replace(guard, level=at.guard_level)
     if at.values["flux_guidance_min"] > at.values["flux_guidance_max"]:
         message = "flux_guidance_min is above flux_guidance_max."
         yield error_about("incompatible_options", "flux_guidance_min", message)
@@ -79,6 +81,7 @@ def reference_rule(at: Situation) -> Iterator[Problem]:
                     f"{entry['id']!r} has none.",
                     hint='Add a dataset of "dataset_type": "conditioning" and name it in "conditioning_data".',
                     pointer=f"{pointer}/conditioning_data",
+                    level=at.guard_level,
                 )
     wanted = at.values["eval_dataset_id"]
     if wanted is not None and wanted not in [entry["id"] for _, entry in images]:

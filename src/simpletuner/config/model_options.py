@@ -62,6 +62,9 @@ class ModelOptions(OptionGroup):
     gradient_checkpointing: Annotated[bool, Ui(tab="hardware", order=10)] = True
     """Recompute activations in the backward pass: less memory, equal results."""
 
+    i_know_what_i_am_doing: Annotated[bool, Ui(tab="hardware", order=90)] = False
+    """Go on where a family's guard or the memory prediction would refuse: errors of theirs become warnings."""
+
 
 class AdapterOptions(OptionGroup):
     lora_type: Annotated[Literal["standard", "lycoris"], Ui(tab="model", order=40)] = "standard"

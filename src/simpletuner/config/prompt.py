@@ -20,6 +20,8 @@ _MULTIPLE = 16
 class Prompt:
     shortname: str
     text: str
+    images: tuple[str, ...] = ()
+    """Files of the pictures that this prompt edits, in place of the dataset's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ def plan_prompts(options: ValidationOptions) -> list[Prompt]:
     if not options.validation_disable_unconditional:
         prompts.append(Prompt("unconditional", ""))
     library = options.user_prompt_library if isinstance(options.user_prompt_library, Mapping) else {}
-    prompts += [Prompt(_slug(name), _text(name, value)) for name, value in library.items()]
+    prompts += [Prompt(_slug(name), _text(name, value), images_of(value)) for name, value in library.items()]
     if options.validation_prompt is not None:
         prompts.append(Prompt("validation", options.validation_prompt))
     names = [prompt.shortname for prompt in prompts]
@@ -55,19 +57,28 @@ def plan_prompts(options: ValidationOptions) -> list[Prompt]:
 
 
 def plan_pictures(config: TrainConfig, prompts: list[Prompt], num_references: int = 0) -> list[Picture]:
-    """Prompts × sizes × references × images. Image i uses seed + i, whatever it is drawn on."""
+    """Prompts × sizes × references × images. Image i uses seed + i, whatever it is drawn on.
+
+    `num_references` of the dataset come first; those that belong to one prompt alone follow, in the order of prompts.
+    """
     options = config.validation
     seed = options.validation_seed if options.validation_seed is not None else config.run.seed
     assert seed is not None
     count = options.num_validation_images
-    references = list(range(num_references)) or [None]
-    return [
-        Picture(prompt, width, height, (reference or 0) * count + index, seed + index, reference)
-        for prompt in prompts
-        for width, height in parse_resolutions(options.validation_resolution)
-        for reference in references
-        for index in range(count)
-    ]
+    shared: list[int | None] = [*range(num_references)]
+    own = num_references
+    pictures: list[Picture] = []
+    for prompt in prompts:
+        references = shared or [None]
+        if prompt.images and shared:
+            references, own = [own], own + 1
+        pictures += [
+            Picture(prompt, width, height, place * count + index, seed + index, reference)
+            for width, height in parse_resolutions(options.validation_resolution)
+            for place, reference in enumerate(references)
+            for index in range(count)
+        ]
+    return pictures
 
 
 def parse_resolutions(value: str | float | list[str | int | float]) -> list[tuple[int, int]]:
@@ -110,13 +121,23 @@ def _slug(name: str) -> str:
     return _PLAIN.sub("_", name)[:64] or "prompt"
 
 
+def images_of(value: Any) -> tuple[str, ...]:
+    """The pictures of a library's entry: `"image"`, one path or several."""
+    image: Any = value.get("image") if isinstance(value, dict) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return tuple(map(str, image)) if isinstance(image, list) else () if image is None else (str(image),)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+
+
 def _text(name: str, value: Any) -> str:
-    text = value.get("prompt") if isinstance(value, Mapping) else value  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    if not isinstance(text, str):
-        raise UserError(
-            "bad_prompt_library",
-            f"The prompt {name!r} of the library is no text.",
-            hint='Write {"name": "prompt"}.',
-            pointer="/--user_prompt_library",
-        )
-    return text
+    entry: dict[str, Any] = value if isinstance(value, dict) else {"prompt": value}
+    if "adapter_strength" in entry:
+        raise _bad_library("option_not_supported_yet", f"adapter_strength of {name!r} is not supported yet.")
+    if unknown := sorted(entry.keys() - {"prompt", "image"}):
+        raise _bad_library("bad_prompt_library", f"The prompt {name!r} has an unknown key {unknown[0]!r}.")
+    if not isinstance(entry.get("prompt"), str):
+        raise _bad_library("bad_prompt_library", f"The prompt {name!r} of the library is no text.")
+    return entry["prompt"]
+
+
+def _bad_library(code: str, message: str) -> UserError:
+    hint = 'Write {"name": "prompt"} or {"name": {"prompt": "…", "image": "picture.png"}}.'
+    return UserError(code, message, hint=hint, pointer="/--user_prompt_library")

@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from simpletuner.config.dataset_file import DatasetEntries, read_dataset_file, resolve_datasets
 from simpletuner.config.directories import Directories, expand_placeholders
 from simpletuner.config.lycoris_source import find_lycoris_config
 from simpletuner.config.option import OptionField
 from simpletuner.config.prompt import plan_prompts
+from simpletuner.config.prompt_library import settle_library
 from simpletuner.config.rules import check
-from simpletuner.config.situation import Situation
+from simpletuner.config.situation import Situation, error_about
 from simpletuner.config.sources import NOT_GIVEN, Layer, parse_value
 from simpletuner.config.train_config import TrainConfig, option_fields
 from simpletuner.errors import Level, Problem, UserError, errors_of, warnings_of
@@ -314,8 +315,10 @@ def _build(found: Resolution, values: Mapping[str, Any], spec: FamilySpec, direc
         if frozen[option] is not None:
             frozen[option] = directories.absolute(frozen[option])
     frozen["data_backend_config"] = str(directories.locate(frozen["data_backend_config"]))
-    if isinstance(library := frozen["user_prompt_library"], str):
-        frozen["user_prompt_library"] = _read_library(library, directories, found)
+    edits = spec.flavours[frozen["model_flavour"]].edits_references
+    library = frozen["user_prompt_library"]
+    frozen["user_prompt_library"], problems = settle_library(library, directories, edits_references=edits)
+    found.problems += problems
     if frozen["init_lora"] is not None:
         frozen["init_lora"] = str(directories.locate(frozen["init_lora"]))
     local = directories.workspace / frozen["pretrained_model_name_or_path"]
@@ -330,30 +333,9 @@ def _build(found: Resolution, values: Mapping[str, Any], spec: FamilySpec, direc
     try:
         plan_prompts(config.validation)
     except UserError as error:
-        found.problems.append(_about_library(error.code, error.message, error.hint))
+        found.problems.append(error_about(error.code, "user_prompt_library", error.message, error.hint))
     else:
         found.config = config
-
-
-def _read_library(path: str, directories: Directories, found: Resolution) -> dict[str, Any] | None:
-    """A prompt library given as a file is frozen by content."""
-    file = directories.locate(path)
-    try:
-        library = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        message = f"The prompt library {path!r} cannot be read: {error}."
-        found.problems.append(_about_library("bad_prompt_library", message))
-        return None
-    if not isinstance(library, dict):
-        message = f"The prompt library {path!r} holds no object."
-        found.problems.append(_about_library("bad_prompt_library", message, 'Write {"name": "prompt"}.'))
-        return None
-    return cast(dict[str, Any], library)
-
-
-def _about_library(code: str, message: str, hint: str = "") -> Problem:
-    option = "user_prompt_library"
-    return Problem(code=code, option=option, message=message, hint=hint, pointer=f"/--{option}")
 
 
 def freeze(found: Resolution) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:

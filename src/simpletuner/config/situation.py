@@ -30,6 +30,11 @@ class Situation:
         """Whether a person set it, in an environment or a request."""
         return self.layers.get(name, "default") not in ("default", "flavour")
 
+    @property
+    def guard_level(self) -> Level:
+        """Of a guard of the family: what it warns of can be wanted by those who know what they do."""
+        return Level.WARNING if self.values["i_know_what_i_am_doing"] else Level.ERROR
+
 
 def error_about(code: str, option: str, message: str, hint: str = "") -> Problem:
     return Problem(code=code, option=option, message=message, hint=hint, pointer=f"/--{option}")

@@ -69,9 +69,17 @@ class Family(Protocol):
         """The denoiser in its weight type, from `folder` (a checkpoint) or the repository."""
         ...
 
+    def load_autoencoder(self, device: torch.device) -> Any:
+        """diffusers' own, for inference."""
+        ...
+
     def picture_fingerprint(self) -> str: ...
 
     def load_picture_encoder(self, device: torch.device) -> PictureEncoder: ...
+
+    def load_text_encoders(self, device: torch.device) -> list[nn.Module]:
+        """transformers' own, for inference, in the order of the specification's `text`."""
+        ...
 
     def caption_fingerprint(self) -> str: ...
 
@@ -85,6 +93,10 @@ class Family(Protocol):
         """Cached embeddings of a batch → the tensors that `predict` takes."""
         ...
 
+    def longest_caption(self, denoiser: nn.Module) -> dict[str, Tensor]:
+        """A cached entry of as many tokens as there can be, without content."""
+        ...
+
     def predict(self, denoiser: nn.Module, noisy_BCHW: Tensor, t_B: Tensor, batch: Batch) -> Tensor: ...
 
     def validation_pipeline(self, denoiser: nn.Module, device: torch.device) -> Draw: ...
@@ -94,9 +106,9 @@ class Family(Protocol):
         ...
 
 
-def build_family(config: TrainConfig, spec: FamilySpec) -> Family:
-    """Import the training half that the specification names."""
+def build_family(config: TrainConfig, spec: FamilySpec, *, shapes_only: bool = False) -> Family:
+    """Import the training half that the specification names. `shapes_only`: see `families.parts.Parts`."""
     import importlib
 
     module, _, name = spec.implementation.partition(":")
-    return vars(importlib.import_module(module))[name](config, spec)
+    return vars(importlib.import_module(module))[name](config, spec, shapes_only=shapes_only)

@@ -11,24 +11,10 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from simpletuner.families.repository import Repository
-
 
 def fingerprint(**facts: Any) -> str:
     """A name for all that an encoder's output depends on."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def load_autoencoder(repository: Repository, dtype: torch.dtype | None, device: torch.device) -> AutoencoderKL:
-    """The repository's `vae` part, for inference; without `dtype` in the type of its files."""
-    vae = AutoencoderKL.from_pretrained(repository.part("vae"), torch_dtype=dtype, variant=repository.variant)
-    vae.to(device)  # pyright: ignore[reportArgumentType]
-    return vae.eval()
-
-
-def autoencoder_fingerprint(repository: Repository, dtype: str) -> str:
-    """All that latents depend on; `2` is the order in which pictures are scaled (`AutoencoderLatents.encode`)."""
-    return fingerprint(kind="AutoencoderKL 2", files=repository.hash_of(["vae"]), dtype=dtype)
 
 
 class AutoencoderLatents:

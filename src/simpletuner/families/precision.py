@@ -6,6 +6,7 @@ Shapes: O output rows, I input columns, S rows of input.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ class Precision:
     lacks: Callable[[torch.device, torch.dtype], str]
     divisor: tuple[int, int] = (1, 1)
     """What output and input sides of a weight must be multiples of; other weights are kept."""
+    bytes_per_weight: float = 1.0
+    """Codes and what belongs to blocks of them; scales of whole rows are not counted."""
     packs_on_device: bool = False
     """Whether the weight can only be quantised where it is used."""
 
@@ -94,6 +97,34 @@ class QuantisedLinear(nn.Linear):
         memo[id(self)] = copied = QuantisedLinear.__new__(QuantisedLinear)
         copied.__dict__.update(deepcopy(self.__dict__, memo))
         return copied
+
+
+class _EmptyProduct(torch.autograd.Function):
+    """As large as `_FrozenProduct`, whose weight is in full precision for the length of a product, either way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return nn.functional.linear(x, x.new_empty(weight.shape), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        return grads[0].matmul(grads[0].new_empty(ctx.weight.shape)), None, None
+
+
+class EmptyLinear(QuantisedLinear):
+    """Stands for the quantised form of `linear` where only sizes matter: its weight is so many bytes without values."""
+
+    def __init__(self, linear: nn.Linear, bytes_per_weight: float) -> None:
+        size = linear.weight.shape
+        content = torch.empty(math.ceil(size.numel() * bytes_per_weight), dtype=torch.uint8)
+        super().__init__(content.as_strided(size, (0, 0)), linear.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        kind = input.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        with torch.autocast(kind, enabled=False):
+            return _EmptyProduct.apply(input.to(dtype), self.weight, self.bias)  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()
@@ -231,7 +262,9 @@ _BF16 = (torch.bfloat16,)
 
 PRECISIONS: Mapping[str, Precision] = {
     "int8-quanto": Precision(library=_QUANTO, quantise=_quanto_8bit("qint8"), lacks=_on("cpu", "cuda", "mps")),
-    "int4-quanto": Precision(library=_QUANTO, quantise=_quanto_4bit, lacks=_on("cpu", "cuda")),
+    "int4-quanto": Precision(
+        library=_QUANTO, quantise=_quanto_4bit, lacks=_on("cpu", "cuda"), bytes_per_weight=0.5 + 4 / 128
+    ),
     "fp8-quanto": Precision(library=_QUANTO, quantise=_quanto_8bit("qfloat8"), lacks=_on("cpu", "cuda")),
     "int8-torchao": Precision(
         library=_TORCHAO, quantise=_torchao("Int8WeightOnlyConfig"), lacks=_on("cpu", "cuda"), divisor=(16, 16)
@@ -251,9 +284,10 @@ PRECISIONS: Mapping[str, Precision] = {
         quantise=_torchao("Int4WeightOnlyConfig", int4_packing_format="tile_packed_to_4d"),
         lacks=_on_cuda(8, 0, _BF16),
         divisor=(16, 128),
+        bytes_per_weight=0.5 + 4 / 128,
         packs_on_device=True,
     ),
-    "nf4-bnb": Precision(library=_BNB, quantise=_bnb_4bit, lacks=_on("cpu", "cuda")),
+    "nf4-bnb": Precision(library=_BNB, quantise=_bnb_4bit, lacks=_on("cpu", "cuda"), bytes_per_weight=0.5 + 1 / 64),
 }
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from simpletuner.errors import ExitCode, UserError
-from simpletuner.families.precision import PRECISIONS, QuantisedLinear, check_precision, plain_tensors
+from simpletuner.families.precision import PRECISIONS, EmptyLinear, QuantisedLinear, check_precision, plain_tensors
 
 Via = Literal["accelerator", "cpu", "pipeline"]
 
@@ -43,6 +43,13 @@ def build_empty(model_class: type[Any], folder: Path) -> nn.Module:
     """The model that `folder/config.json` describes: parameters on the meta device, computed buffers real."""
     with init_empty_weights(include_buffers=False):
         return model_class.from_config(model_class.load_config(folder))
+
+
+def shape_quantised(model: nn.Module, precision: str, exclude: Sequence[str]) -> None:
+    """Put stand-ins that are as large, and compute as much, in the place of the modules that would be quantised."""
+    for name in quantised_names(model, precision, exclude):
+        linear = cast("nn.Linear", model.get_submodule(name))
+        model.set_submodule(name, EmptyLinear(linear, PRECISIONS[precision].bytes_per_weight))
 
 
 @torch.no_grad()

@@ -33,6 +33,8 @@ class Flavour:
     """Text tokens, where they are not the family's."""
     edits_references: bool = False
     """Whether every sample must come with a reference picture."""
+    reference_sizes: tuple[tuple[int, int], ...] = ()
+    """(width, height) in pixels that a picture from elsewhere is brought to before it is edited."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

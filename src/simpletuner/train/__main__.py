@@ -10,6 +10,7 @@ from pathlib import Path
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.events import TrainingStatusData
 from simpletuner.job import JobDir
+from simpletuner.process import return_freed_memory
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import Ended, RequestReader
 
@@ -20,6 +21,7 @@ def main(folder: str) -> ExitCode:
     reporter = Reporter(journal, job.artifacts)
     requests = RequestReader(job)
     requests.listen_to_signals()
+    return_freed_memory()
     try:
         import diffusers
         import transformers
@@ -38,10 +40,10 @@ def main(folder: str) -> ExitCode:
     except UserError as error:
         return _fail(reporter, error)
     except MemoryError as error:
-        return _fail(reporter, _out_of_memory(error))
+        return _fail(reporter, _out_of_memory(reporter, error))
     except Exception as error:  # noqa: BLE001 - the edge: a bug becomes an event, with its traceback
         if type(error).__name__ == "OutOfMemoryError":
-            return _fail(reporter, _out_of_memory(error))
+            return _fail(reporter, _out_of_memory(reporter, error))
         if _is_disk_full(error):
             return _fail(reporter, _disk_full(error))
         return _bug(reporter, error)
@@ -98,14 +100,25 @@ def _disk_full(error: BaseException) -> UserError:
     )
 
 
-def _out_of_memory(error: BaseException) -> UserError:
+def _out_of_memory(reporter: Reporter, error: BaseException) -> UserError:
+    where = f"in the stage {reporter.open_stage!r}" if reporter.open_stage else f"after step {reporter.step}"
+    peak = f"{_peak_bytes() / 1e9:.2f} GB were in use"
+    predicted = reporter.predicted_bytes
+    told = f"{peak}, {predicted / 1e9:.2f} GB predicted" if predicted is not None else peak
     return UserError(
         "out_of_memory",
-        f"Memory ran out: {error}",
+        f"Memory ran out {where}; {told}: {error}",
         hint="Try --gradient_checkpointing true, a smaller --train_batch_size with more "
         "--gradient_accumulation_steps, or a smaller --resolution.",
         exit_code=ExitCode.OUT_OF_MEMORY,
     )
+
+
+def _peak_bytes() -> int:
+    # Not at the top: whoever ran out of memory has torch already, and a wrong option must be told without it.
+    from simpletuner.train.metrics import peak_memory_bytes
+
+    return peak_memory_bytes()
 
 
 if __name__ == "__main__":

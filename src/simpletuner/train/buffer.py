@@ -17,6 +17,9 @@ _ALIGNMENT = 32
 """Elements that each tensor's start is a multiple of, so that vectorised kernels see aligned views."""
 
 
+_AT_ONCE = 1 << 24
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
     """A parameter's place in its buffer."""
@@ -81,10 +84,16 @@ class Clipping:
     """Whether the norm is a number; if not, the update must change nothing."""
 
 
+def _parts(grads: Tensor) -> tuple[Tensor, ...]:
+    """On a CPU the norm of bf16 values is taken of an fp32 copy: twice the gradients themselves, if not in parts."""
+    return grads.split(_AT_ONCE) if grads.device.type == "cpu" else (grads,)
+
+
 @torch.no_grad()
 def clip_gradients(buffers: list[FlatParameters], limit: float, method: str) -> Clipping:
     """`norm`: g·min(1, limit/‖g‖₂) over all buffers; `value`: each element to ±limit, in place. Limit 0: never."""
-    norms = [torch.linalg.vector_norm(buffer.grads, dtype=torch.float32) for buffer in buffers]
+    parts = [part for buffer in buffers for part in _parts(buffer.grads)]
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     scale = torch.ones_like(norm)
     if limit and method == "norm":

@@ -33,6 +33,7 @@ from simpletuner.errors import ExitCode, UserError
 from simpletuner.events import Checkpoint
 from simpletuner.train.report import Reporter
 from simpletuner.train.state import TrainState, restore_rng, rng_tensors
+from simpletuner.train.stored import StoredTensors
 from simpletuner.train.trained import Trained
 from simpletuner.train.update import Update
 
@@ -175,7 +176,7 @@ def load_checkpoint(point: ResumePoint, trained: Trained, update: Update, device
             pointer="/--resume_from_checkpoint",
         )
     trained.load(point.folder.path)
-    update.load_state(load_file(point.folder.path / OPTIMIZER, device=str(device)))
+    update.load_state(StoredTensors(point.folder.path / OPTIMIZER, device))
     restore_rng(load_file(point.folder.path / RNG))
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from simpletuner.config.dataset_options import ConditioningDataset, PictureDataset
+from simpletuner.config.prompt import plan_prompts
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.cache import CacheStore, cache_key
-from simpletuner.data.geometry import Size
 from simpletuner.data.ledger import check_defects, dataset_report, write_ledger
 from simpletuner.data.loader import Batch, BatchReader, LatentSource, TextSource
 from simpletuner.data.manifest import Manifest, discover
@@ -24,6 +24,8 @@ from simpletuner.data.plan import START, Entry, EpochPlan, Group
 from simpletuner.data.prepare import MASK, LatentEncoder, Prepared, encode_latents, encode_texts
 from simpletuner.errors import Level
 from simpletuner.families.base import Family
+from simpletuner.train.memory import MemoryPlan
+from simpletuner.train.references import Reference, prompt_reference, sample_references
 from simpletuner.train.report import Reporter, StageReport
 from simpletuner.train.requests import RequestReader
 
@@ -46,20 +48,6 @@ class StageWatch:
         return False
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """What a validation image of an edit family starts from: one sample's pictures in the conditioning sets."""
-
-    sample: str
-    latents: tuple[Tensor, ...]
-    """C×H×W each, all sets in the order of `conditioning_data`."""
-    target: Size
-    """Of the picture that the sample is trained to become, (width, height) in pixels."""
-    sizes: tuple[Size, ...]
-    """Of the references."""
-    caption: str
-
-
 @dataclass(slots=True)
 class Inputs:
     """What preparation leaves behind; the encoders are gone by then."""
@@ -68,6 +56,8 @@ class Inputs:
     latents: dict[str, LatentSource]
     text: TextSource
     prompts: dict[str, dict[str, Tensor]]
+    library: list[Reference]
+    """Pictures of the prompts that bring their own, in the order of prompts."""
     config: TrainConfig
 
     def plan(self, seed: int) -> EpochPlan:
@@ -92,22 +82,8 @@ class Inputs:
         )
 
     def validation_references(self, dataset_id: str, n: int) -> list[Reference]:
-        """Of the first `n` kept samples of an image or eval dataset. Always all sets."""
-        source = self.latents[dataset_id]
-        manifest = source.manifest
-        found: list[Reference] = []
-        for row in manifest.kept.tolist()[:n]:
-            references = source.references
-            found.append(
-                Reference(
-                    sample=manifest.sample(row),
-                    latents=tuple(mates.read([row])[0].clone() for mates in references),
-                    target=manifest.plan(row).target,
-                    sizes=tuple(mates.manifest.plan(row).target for mates in references),
-                    caption=manifest.captions.texts[manifest.captions.of(row)[0]],
-                )
-            )
-        return found
+        """Of the first `n` kept samples of an image or eval dataset, then of the prompt library."""
+        return sample_references(self.latents[dataset_id], n) + self.library
 
     def held_out_batches(self, dataset_id: str, reader: BatchReader, size: int) -> list[Batch]:
         """Every kept sample of a dataset once, in a fixed order."""
@@ -150,19 +126,20 @@ class Preparation:
         self._requests = requests
         self._device = device
 
-    def run(self, prompts: Iterable[str], ledgers: Path) -> Inputs:
-        """Raises UserError (65) for defects of the data, Ended when asked to end."""
-        manifests = self._discover(ledgers)
+    def encode(self, manifests: dict[str, Manifest], prompts: Iterable[str], memory: MemoryPlan) -> Inputs:
+        """Fill the caches. Raises UserError (65) for broken pictures, (71) for no room, Ended when asked to end."""
+        self._memory = memory
         text_store = CacheStore(Path(self._config.text_embeds.cache_dir))
         text, embeddings = self._encode_texts(manifests, text_store, list(dict.fromkeys(prompts)))
         latents = self._encode_latents(manifests)
         found = {name: source.manifest for name, source in latents.items()}
-        return Inputs(found, latents, text, embeddings, self._config)
+        return Inputs(found, latents, text, embeddings, self._encode_library(), self._config)
 
     def _pictures(self) -> list[PictureDataset]:
         return [*self._config.image_datasets, *self._config.eval_datasets, *self._config.conditioning_datasets]
 
-    def _discover(self, ledgers: Path) -> dict[str, Manifest]:
+    def discover(self, ledgers: Path) -> dict[str, Manifest]:
+        """Of the image and eval datasets, by id. Raises UserError (65) for defects, Ended when asked to end."""
         found: list[Manifest] = []
         data = self._config.data
         with self._reporter.stage("init_data_backend", "Looking through the datasets") as stage:
@@ -192,7 +169,7 @@ class Preparation:
     ) -> tuple[TextSource, dict[str, dict[str, Tensor]]]:
         fingerprint = self._family.caption_fingerprint()
         captions = list(dict.fromkeys(["", *(c for m in manifests.values() for c in m.effective_captions())]))
-        encoder = _LazyCaptions(self._family, fingerprint, self._device)
+        encoder = _LazyCaptions(self._family, fingerprint, self._device, self._memory)
         entry = self._config.text_embeds
         with self._reporter.stage("init_text_embed_cache", "Caching captions") as stage:
             prepared = encode_texts(
@@ -217,7 +194,7 @@ class Preparation:
 
     def _encode_latents(self, manifests: dict[str, Manifest]) -> dict[str, LatentSource]:
         fingerprint = self._family.picture_fingerprint()
-        encoder = _LazyPictures(self._family, fingerprint, self._device)
+        encoder = _LazyPictures(self._family, fingerprint, self._device, self._memory)
         sources: dict[str, LatentSource] = {}
         with self._reporter.stage("init_vae_cache", "Caching latents") as stage:
             stores = {entry.id: CacheStore(Path(entry.cache_dir_vae)) for entry in self._pictures()}
@@ -242,6 +219,16 @@ class Preparation:
                 sources[name] = replace(own, mates=tuple(mates))
         return sources
 
+    def _encode_library(self) -> list[Reference]:
+        """Beside the latents of the first dataset, in its cache."""
+        flavour = self._family.spec.flavours[self._config.model.model_flavour]
+        prompts = [prompt for prompt in plan_prompts(self._config.validation) if prompt.images]
+        if not flavour.edits_references or not prompts:
+            return []
+        encoder = _LazyPictures(self._family, self._family.picture_fingerprint(), self._device, self._memory)
+        store = CacheStore(Path(self._config.image_datasets[0].cache_dir_vae))
+        return [prompt_reference(prompt, flavour.reference_sizes, encoder, store) for prompt in prompts]
+
     def _mask_encoder(self, entry: PictureDataset) -> LatentEncoder:
         is_segmentation = isinstance(entry, ConditioningDataset) and entry.conditioning_type == "segmentation"
         return MaskEncoder(self._family.spec.latent.stride, is_segmentation=is_segmentation)
@@ -265,9 +252,10 @@ class Preparation:
 class _LazyCaptions:
     """Loads the text encoders when something has to be encoded: a full cache needs none."""
 
-    def __init__(self, family: Family, fingerprint: str, device: torch.device) -> None:
+    def __init__(self, family: Family, fingerprint: str, device: torch.device, memory: MemoryPlan) -> None:
         self.fingerprint = fingerprint
         self._load = lambda: family.load_caption_encoder(device)
+        self._memory = memory
         self._encoder = None
 
     def encode(self, captions: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -277,18 +265,23 @@ class _LazyCaptions:
         return self._loaded().encode_prompt(prompt)
 
     def _loaded(self):
-        self._encoder = self._encoder or self._load()
+        if self._encoder is None:
+            self._memory.enter("text")
+            self._encoder = self._load()
         return self._encoder
 
 
 class _LazyPictures:
     """The same for the autoencoder."""
 
-    def __init__(self, family: Family, fingerprint: str, device: torch.device) -> None:
+    def __init__(self, family: Family, fingerprint: str, device: torch.device, memory: MemoryPlan) -> None:
         self.fingerprint = fingerprint
         self._load = lambda: family.load_picture_encoder(device)
+        self._memory = memory
         self._encoder = None
 
     def encode(self, pixels_BCHW: Tensor, keys: Sequence[str], *, sample: bool) -> list[Tensor]:
-        self._encoder = self._encoder or self._load()
+        if self._encoder is None:
+            self._memory.enter("latents")
+            self._encoder = self._load()
         return self._encoder.encode(pixels_BCHW, keys, sample=sample)

@@ -36,6 +36,8 @@ class Reporter:
         self._open_stages: list[StageReport] = []
         self.step = 0
         self.total_steps = 0
+        self.predicted_bytes: int | None = None
+        """Of memory, once it is known."""
 
     def emit(self, event: Event) -> None:
         if event.progress is not None:

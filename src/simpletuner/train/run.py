@@ -21,11 +21,10 @@ from simpletuner.diffusion.loss import Loss
 from simpletuner.diffusion.objective import DiffusionObjective, Objective
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.events import Event, EventType, Severity, SummaryData, TrainingStatusData
-from simpletuner.families.base import DTYPES, Family, build_family
+from simpletuner.families.base import Family, build_family
 from simpletuner.families.registry import load_spec
-from simpletuner.families.weights import check_base, weight_dtype
+from simpletuner.families.weights import autocast_dtype, check_base
 from simpletuner.job import JobDir
-from simpletuner.train.adapters import attach_adapter
 from simpletuner.train.buffer import build_buffers
 from simpletuner.train.checkpoint import (
     CheckpointSaver,
@@ -38,16 +37,19 @@ from simpletuner.train.checkpoint import (
 from simpletuner.train.due import Due
 from simpletuner.train.ema import Ema
 from simpletuner.train.heldout import HeldOut
-from simpletuner.train.inputs import Inputs, Preparation, Reference
+from simpletuner.train.inputs import Inputs, Preparation
 from simpletuner.train.inspection import Inspection
 from simpletuner.train.loop import Outcome, Run, train
+from simpletuner.train.memory import MemoryPlan
 from simpletuner.train.metrics import Metrics, keep_metrics_until, peak_memory_bytes
 from simpletuner.train.optim import build_optimizers
+from simpletuner.train.references import Reference
+from simpletuner.train.rehearsal import plan_memory
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import RequestReader
 from simpletuner.train.state import TrainState, seed_generators
 from simpletuner.train.tracker import Trackers
-from simpletuner.train.trained import AdapterWeights, FullWeights, Trained, load_adapter_file
+from simpletuner.train.trained import AdapterWeights, FullWeights, Trained, load_adapter_file, prepare_denoiser
 from simpletuner.train.update import Update
 from simpletuner.train.validation import Validation
 
@@ -61,6 +63,7 @@ class Built:
     loader: Loader
     metrics: Metrics
     trackers: Trackers
+    memory: MemoryPlan
     resumed_from: str | None
     final_epoch: int
     started_at: float
@@ -101,8 +104,12 @@ def build_run(job: JobDir, reporter: Reporter, requests: RequestReader) -> Built
     family = build_family(config, family_spec)
     prompts = plan_prompts(config.validation)
     texts = [prompt.text for prompt in prompts] + [config.validation.validation_negative_prompt]
-    inputs = Preparation(config, family, reporter, requests, device).run(texts, job.artifacts)
-    return _Builder(config, family, inputs, output_dir, reporter, requests, device).build()
+    preparation = Preparation(config, family, reporter, requests, device)
+    manifests = preparation.discover(job.artifacts)
+    memory = plan_memory(config, family_spec, manifests, device)
+    reporter.predicted_bytes = memory.predicted_bytes()
+    inputs = preparation.encode(manifests, texts, memory)
+    return _Builder(config, family, inputs, output_dir, reporter, requests, device, memory).build()
 
 
 class _Builder:
@@ -117,8 +124,10 @@ class _Builder:
         reporter: Reporter,
         requests: RequestReader,
         device: torch.device,
+        memory: MemoryPlan,
     ) -> None:
         self._config = config
+        self._memory = memory
         self._family = family
         self._inputs = inputs
         self._output_dir = output_dir
@@ -154,32 +163,28 @@ class _Builder:
         else:
             inspection.benchmark(config.model.pretrained_model_name_or_path)
         state = self._resume(point, trained, update)
+        reporter.notify("memory_plan", str(self._memory), **self._memory.as_facts())
         run = self._build_run(denoiser, update, state, metrics, inspection, plan)
         final_epoch = plan.position_after(total * self._accumulation).epoch
         return Built(
-            run[0], inspection, run[1], metrics, trackers, point.folder.name if point else None, final_epoch, started_at
-        )
+            run[0], inspection, run[1], metrics, trackers, self._memory, point.folder.name if point else None,
+            final_epoch, started_at,
+        )  # fmt: skip
 
     def _prepare(self, denoiser: nn.Module) -> Trained:
-        """Choose what is trained, and how activations are kept."""
+        """Choose what is trained."""
         config = self._config
         # Again, so that an adapter begins alike whatever had to be encoded before.
         seed_generators(self._seed)
-        if config.model.model_type == "lora":
-            adapter = attach_adapter(denoiser, config, self._family.spec)
-            if config.adapter.init_lora:
-                load_adapter_file(adapter, config.adapter.init_lora)
-            facts = adapter.facts()
-            message = f"{facts['library']} {facts['algo']} on {facts['modules']} modules."
-            self._reporter.notify("adapter_attached", message, **facts)
-            trained: Trained = AdapterWeights(denoiser, adapter, self._family.spec.name)
-        else:
-            denoiser.requires_grad_(True)
-            trained = FullWeights(self._family, denoiser, self._probe)
-        denoiser.train()
-        if config.model.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
-        return trained
+        adapter = prepare_denoiser(denoiser, config, self._family.spec)
+        if adapter is None:
+            return FullWeights(self._family, denoiser, self._probe)
+        if config.adapter.init_lora:
+            load_adapter_file(adapter, config.adapter.init_lora)
+        facts = adapter.facts()
+        message = f"{facts['library']} {facts['algo']} on {facts['modules']} modules."
+        self._reporter.notify("adapter_attached", message, **facts)
+        return AdapterWeights(denoiser, adapter, self._family.spec.name)
 
     def _build_update(self, denoiser: nn.Module, total: int) -> Update:
         config = self._config
@@ -209,7 +214,8 @@ class _Builder:
     ) -> Inspection:
         config = self._config
         references = self._references()
-        pictures = plan_pictures(config, plan_prompts(config.validation), len(references))
+        own = len(self._inputs.library)
+        pictures = plan_pictures(config, plan_prompts(config.validation), len(references) - own)
         validation = Validation(
             config.validation, pictures, self._inputs.prompts, self._output_dir, self._reporter, references
         )
@@ -291,7 +297,7 @@ class _Builder:
             due=inspection.due,
             inspection=inspection,
             accumulation=self._accumulation,
-            autocast=_autocast(config),
+            autocast=autocast_dtype(config),
         )
         return run, loader
 
@@ -311,15 +317,6 @@ def total_steps(config: TrainConfig, plan: EpochPlan) -> int:
         return config.run.max_train_steps
     check_full_batch(plan, config.run.num_train_epochs)
     return math.ceil(plan.groups_before(config.run.num_train_epochs) / config.run.gradient_accumulation_steps)
-
-
-def _autocast(config: TrainConfig) -> torch.dtype | None:
-    """fp32 weights may compute in a smaller type; smaller weights compute in their own, an adapter in its base's."""
-    wanted = DTYPES.get(config.precision.mixed_precision)
-    weights = weight_dtype(config)
-    if config.model.model_type == "lora" and weights is not torch.float32:
-        return weights
-    return wanted if weights is torch.float32 and wanted is not None else None
 
 
 def _loop(built: Built, reporter: Reporter) -> Outcome:
@@ -350,6 +347,7 @@ def _finish(built: Built, reporter: Reporter, output_dir: Path) -> None:
         samples=state.samples,
         seconds=round(time.monotonic() - built.started_at, 3),
         memory_peak_bytes=peak_memory_bytes(),
+        memory_predicted_bytes=built.memory.predicted_bytes(),
         files=[str(pipeline), str(output_dir / "training_metrics.jsonl")],
     )
     reporter.emit(Event(type=EventType.TRAINING_SUMMARY, title="Summary", message=str(pipeline), data=summary))

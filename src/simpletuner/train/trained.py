@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from simpletuner.adapters.convert import convert
 from simpletuner.adapters.file import Kind, read_adapter
 from simpletuner.adapters.readers import check_file
+from simpletuner.config.train_config import TrainConfig
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.families.base import Family
-from simpletuner.train.adapters import WEIGHTS, Adapter
+from simpletuner.families.spec import FamilySpec
+from simpletuner.train.adapters import WEIGHTS, Adapter, attach_adapter
 from simpletuner.train.update import Update
 from simpletuner.train.validation import weights_to_draw
 
@@ -150,6 +152,19 @@ class AdapterWeights:
         problems = check_file(path, self.adapter.reader, self.adapter.deltas(), _TOLERANCE, family=self._family)
         if problems:
             raise _mismatch(problems[0].message)
+
+
+def prepare_denoiser(denoiser: nn.Module, config: TrainConfig, spec: FamilySpec) -> Adapter | None:
+    """Choose what is trained, an adapter or every weight, and how activations are kept."""
+    adapter = None
+    if config.model.model_type == "lora":
+        adapter = attach_adapter(denoiser, config, spec)
+    else:
+        denoiser.requires_grad_(True)
+    denoiser.train()
+    if config.model.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+    return adapter
 
 
 def write_for_others(path: Path, folder: Path, family: str) -> None:

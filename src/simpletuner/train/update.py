@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from simpletuner.train.buffer import FlatParameters, clip_gradients
 from simpletuner.train.ema import Ema
 from simpletuner.train.optim import Optimizer
 from simpletuner.train.schedule import learning_rate
+from simpletuner.train.stored import Below
 
 
 class Update:
@@ -62,15 +65,16 @@ class Update:
             tensors["ema.updates"] = torch.tensor(self.ema.updates)
         return tensors
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Copy into place. Raises KeyError when a tensor is missing, RuntimeError when one does not fit."""
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy into place, one tensor after the other.
+
+        Raises KeyError when one is missing, RuntimeError when one does not fit.
+        """
         if self._keeps_weights:
             for index, buffer in enumerate(self.buffers):
                 buffer.weights.copy_(tensors[f"weights.{index}"])
         for index, optimizer in enumerate(self.optimizers):
-            prefix = f"optimizer.{index}."
-            own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            optimizer.load(own)
+            optimizer.load(Below(f"optimizer.{index}.", tensors))
         if self.ema is not None and "ema.updates" in tensors:
             self.ema.updates = int(tensors["ema.updates"])
             for index, shadow in enumerate(self.ema.shadows):

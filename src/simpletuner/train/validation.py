@@ -22,7 +22,7 @@ from simpletuner.events import ValidationData, ValidationImageData
 from simpletuner.families.base import Draw, ImageRequest
 from simpletuner.train.buffer import FlatParameters
 from simpletuner.train.ema import Ema
-from simpletuner.train.inputs import Reference
+from simpletuner.train.references import Reference
 from simpletuner.train.report import Reporter, StageReport
 
 EmaMode = Literal["comparison", "ema_only", "none"]

@@ -20,12 +20,10 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.keys import u
 from simpletuner.data.loader import Batch
-from simpletuner.families.base import DTYPES, Draw, ImageRequest
-from simpletuner.families.encoders import AutoencoderLatents, autoencoder_fingerprint, fingerprint, load_autoencoder
+from simpletuner.families.base import Draw, ImageRequest
 from simpletuner.families.flux.packing import pack, pack_references, position_ids, unpack
-from simpletuner.families.repository import Repository
+from simpletuner.families.parts import Parts
 from simpletuner.families.spec import FamilySpec
-from simpletuner.families.weights import load_base_model, weight_dtype
 
 _TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
@@ -53,58 +51,44 @@ class FluxCaptions:
 class Flux:
     """See `families.base.Family`."""
 
-    def __init__(self, config: TrainConfig, spec: FamilySpec) -> None:
+    def __init__(self, config: TrainConfig, spec: FamilySpec, *, shapes_only: bool = False) -> None:
         self.spec = spec
         self._config = config
-        model = config.model
-        self._flavour = spec.flavours[model.model_flavour]
-        self._repository = Repository(
-            model.pretrained_model_name_or_path, revision=model.revision, variant=model.variant
-        )
-        self._vae = self._override(model.pretrained_vae_model_name_or_path)
-        self._transformer = self._override(model.pretrained_transformer_model_name_or_path)
-        self.weight_dtype = weight_dtype(config)
-        self._vae_dtype = DTYPES.get(model.vae_dtype)
-        self._text_dtype = DTYPES[config.precision.base_model_default_dtype]
+        self._flavour = spec.flavours[config.model.model_flavour]
         self._tokens = self._flavour.tokens or next(slot.length for slot in spec.text if slot.encoder == "t5")
-
-    def _override(self, name: str | None) -> Repository:
-        return Repository(name, variant=self._repository.variant) if name else self._repository
+        self._parts = Parts(config, spec, shapes_only=shapes_only)
+        self.weight_dtype = self._parts.weight_dtype
+        self.load_autoencoder = self._parts.load_autoencoder
+        self.picture_fingerprint = self._parts.picture_fingerprint
+        self.load_picture_encoder = self._parts.load_picture_encoder
 
     def load_denoiser(self, folder: Path | None = None) -> nn.Module:
-        part = self._config.model.pretrained_transformer_subfolder
-        source = folder or self._transformer.part(part)
-        variant = None if folder else self._transformer.variant
-        return load_base_model(FluxTransformer2DModel, source, self._config, self.spec, variant=variant)
-
-    def picture_fingerprint(self) -> str:
-        return autoencoder_fingerprint(self._vae, self._config.model.vae_dtype)
-
-    def load_picture_encoder(self, device: torch.device) -> AutoencoderLatents:
-        return AutoencoderLatents(load_autoencoder(self._vae, self._vae_dtype, device), self.picture_fingerprint())
+        return self._parts.load_denoiser(FluxTransformer2DModel, folder)
 
     def caption_fingerprint(self) -> str:
-        files = self._repository.hash_of(_TEXT_PARTS)
-        return fingerprint(kind="CLIP, T5", files=files, dtype=str(self._text_dtype), tokens=self._tokens)
+        return self._parts.text_fingerprint(_TEXT_PARTS, kind="CLIP, T5", tokens=self._tokens)
+
+    def load_text_encoders(self, device: torch.device) -> list[nn.Module]:
+        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
+        return [self._parts.load_text_encoder(kind, part, device) for part, kind in kinds.items()]
 
     def load_caption_encoder(self, device: torch.device) -> FluxCaptions:
-        clip = CLIPTextModel.from_pretrained(self._repository.part("text_encoder"), dtype=self._text_dtype)
-        t5 = T5EncoderModel.from_pretrained(
-            self._repository.part("text_encoder_2"), dtype=self._text_dtype, variant=self._repository.variant
-        )
-        pipeline = FluxPipeline(
-            None,  # pyright: ignore[reportArgumentType]
-            None,  # pyright: ignore[reportArgumentType]
-            clip.to(device).eval(),  # pyright: ignore[reportArgumentType]
-            CLIPTokenizer.from_pretrained(self._repository.part("tokenizer")),
-            t5.to(device).eval(),  # pyright: ignore[reportArgumentType]
-            T5Tokenizer.from_pretrained(self._repository.part("tokenizer_2")),  # pyright: ignore[reportArgumentType]
-            None,  # pyright: ignore[reportArgumentType]
-        )
+        clip, t5 = self.load_text_encoders(device)
+        part = self._parts.repository.part
+        tokenizers = CLIPTokenizer.from_pretrained(part("tokenizer")), T5Tokenizer.from_pretrained(part("tokenizer_2"))
+        pipeline = FluxPipeline(None, None, clip, tokenizers[0], t5, tokenizers[1], None)  # pyright: ignore[reportArgumentType]
         return FluxCaptions(pipeline, self._tokens, self.caption_fingerprint())
 
+    def longest_caption(self, denoiser: nn.Module) -> dict[str, Tensor]:
+        config: Any = denoiser.config
+        dtype = self._parts.text_dtype
+        return {
+            "prompt_embeds": torch.zeros(self._tokens, config["joint_attention_dim"], dtype=dtype),
+            "pooled_prompt_embeds": torch.zeros(config["pooled_projection_dim"], dtype=dtype),
+        }
+
     def scheduler_config(self) -> dict[str, Any]:
-        return self._repository.config("scheduler")
+        return self._parts.repository.config("scheduler")
 
     def collate_text(self, entries: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """`prompt_embeds` (B, L, D) and `pooled_prompt_embeds` (B, P): every caption has the same number of tokens."""
@@ -148,7 +132,7 @@ class Flux:
         """The official pipeline of the flavour; references enter as latents, scaled as in training."""
         kind = _ReferencePipeline if self._flavour.edits_references else FluxPipeline
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config())
-        vae: Any = load_autoencoder(self._vae, self._vae_dtype, device)
+        vae: Any = self.load_autoencoder(device)
         pipeline: Any = kind(scheduler, vae, None, None, None, None, denoiser)  # pyright: ignore[reportArgumentType]
         pipeline.set_progress_bar_config(disable=True)
 
@@ -161,7 +145,7 @@ class Flux:
         folder.mkdir(parents=True)
         denoiser.save_pretrained(folder / "transformer")  # pyright: ignore[reportCallIssue]
         for part in ("scheduler", "vae", *_TEXT_PARTS):
-            source = self._vae if part == "vae" else self._repository
+            source = self._parts.vae if part == "vae" else self._parts.repository
             shutil.copytree(source.part(part), folder / part)
         kind = FluxKontextPipeline if self._flavour.edits_references else FluxPipeline
         index = {

@@ -29,6 +29,11 @@ LORA_TARGETS: dict[str, tuple[str, ...]] = {
 }
 """Preset → module names: the end of a name, or with a `*` or a number a pattern of the whole name."""
 
+# As in diffusers' FluxKontextPipeline: the sizes that the model was trained on.
+_WIDE = ((1024, 1024), (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688),
+         (1568, 672))  # fmt: skip
+_KONTEXT_SIZES = (*((height, width) for width, height in reversed(_WIDE[1:])), *_WIDE)
+
 SPEC = FamilySpec(
     name="flux",
     title="Flux",
@@ -49,6 +54,7 @@ SPEC = FamilySpec(
             licence=_DEV,
             native_resolution=1024,
             edits_references=True,
+            reference_sizes=_KONTEXT_SIZES,
             values={"validation_guidance": 2.5},
         ),
         "nano": Flavour(
@@ -59,6 +65,7 @@ SPEC = FamilySpec(
             alignment=16,
             tokens=32,
             edits_references=True,
+            reference_sizes=((48, 96), (48, 80), (64, 64), (80, 48), (96, 48)),
             values={
                 "resolution": 64,
                 "validation_num_inference_steps": 16,

@@ -18,12 +18,10 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.loader import Batch
-from simpletuner.families.base import DTYPES, Draw, ImageRequest
-from simpletuner.families.encoders import AutoencoderLatents, autoencoder_fingerprint, fingerprint, load_autoencoder
-from simpletuner.families.repository import Repository
+from simpletuner.families.base import Draw, ImageRequest
+from simpletuner.families.parts import Parts
 from simpletuner.families.samplers import build_sampler
 from simpletuner.families.spec import FamilySpec
-from simpletuner.families.weights import load_base_model, weight_dtype
 
 TOKENS = 300
 
@@ -59,47 +57,36 @@ class T5Captions:
 class PixArtSigma:
     """See `families.base.Family`."""
 
-    def __init__(self, config: TrainConfig, spec: FamilySpec) -> None:
+    def __init__(self, config: TrainConfig, spec: FamilySpec, *, shapes_only: bool = False) -> None:
         self.spec = spec
-        model = config.model
         self._config = config
-        self._repository = Repository(
-            model.pretrained_model_name_or_path, revision=model.revision, variant=model.variant
-        )
-        self._vae = self._override(model.pretrained_vae_model_name_or_path)
-        self._transformer = self._override(model.pretrained_transformer_model_name_or_path)
-        self.weight_dtype = weight_dtype(config)
-        self._vae_dtype = DTYPES.get(model.vae_dtype)
-        self._text_dtype = DTYPES[config.precision.base_model_default_dtype]
-
-    def _override(self, name: str | None) -> Repository:
-        return Repository(name, variant=self._repository.variant) if name else self._repository
+        self._parts = Parts(config, spec, shapes_only=shapes_only)
+        self.weight_dtype = self._parts.weight_dtype
+        self.load_autoencoder = self._parts.load_autoencoder
+        self.picture_fingerprint = self._parts.picture_fingerprint
+        self.load_picture_encoder = self._parts.load_picture_encoder
 
     def load_denoiser(self, folder: Path | None = None) -> nn.Module:
-        source = folder or self._transformer.part(self._config.model.pretrained_transformer_subfolder)
-        variant = None if folder else self._transformer.variant
-        return load_base_model(PixArtTransformer2DModel, source, self._config, self.spec, variant=variant)
-
-    def picture_fingerprint(self) -> str:
-        return autoencoder_fingerprint(self._vae, self._config.model.vae_dtype)
-
-    def load_picture_encoder(self, device: torch.device) -> AutoencoderLatents:
-        return AutoencoderLatents(load_autoencoder(self._vae, self._vae_dtype, device), self.picture_fingerprint())
+        return self._parts.load_denoiser(PixArtTransformer2DModel, folder)
 
     def caption_fingerprint(self) -> str:
-        files = self._repository.hash_of(["text_encoder", "tokenizer"])
-        return fingerprint(
-            kind="T5EncoderModel", files=files, dtype=str(self._text_dtype), tokens=TOKENS, cleaning="official ×2"
-        )
+        parts = ("text_encoder", "tokenizer")
+        return self._parts.text_fingerprint(parts, kind="T5EncoderModel", tokens=TOKENS, cleaning="official ×2")
+
+    def load_text_encoders(self, device: torch.device) -> list[nn.Module]:
+        return [self._parts.load_text_encoder(T5EncoderModel, "text_encoder", device)]
 
     def load_caption_encoder(self, device: torch.device) -> T5Captions:
-        tokenizer = T5Tokenizer.from_pretrained(self._repository.part("tokenizer"))
-        source, variant = self._repository.part("text_encoder"), self._repository.variant
-        encoder = T5EncoderModel.from_pretrained(source, dtype=self._text_dtype, variant=variant)
-        return T5Captions(tokenizer, encoder.to(device).eval(), self.caption_fingerprint())  # pyright: ignore[reportArgumentType]
+        tokenizer = T5Tokenizer.from_pretrained(self._parts.repository.part("tokenizer"))
+        encoder: Any = self.load_text_encoders(device)[0]
+        return T5Captions(tokenizer, encoder, self.caption_fingerprint())
+
+    def longest_caption(self, denoiser: nn.Module) -> dict[str, Tensor]:
+        width: int = denoiser.config["caption_channels"]  # pyright: ignore[reportIndexIssue, reportAssignmentType, reportArgumentType]
+        return {"prompt_embeds": torch.zeros(TOKENS, width, dtype=self._parts.text_dtype)}
 
     def scheduler_config(self) -> dict[str, Any]:
-        return self._repository.config("scheduler")
+        return self._parts.repository.config("scheduler")
 
     def collate_text(self, entries: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """`prompt_embeds` (B, L, D) padded to the longest of the batch; `prompt_mask` (B, L) unless all are equal."""
@@ -133,7 +120,7 @@ class PixArtSigma:
             self._config.validation.validation_noise_scheduler,
             self._config.model.prediction_type,
         )
-        vae = load_autoencoder(self._vae, self._vae_dtype, device)
+        vae = self.load_autoencoder(device)
         pipeline = PixArtSigmaPipeline(None, None, vae, denoiser, scheduler)  # pyright: ignore[reportArgumentType]
         pipeline.set_progress_bar_config(disable=True)
 
@@ -146,7 +133,7 @@ class PixArtSigma:
         folder.mkdir(parents=True)
         denoiser.save_pretrained(folder / "transformer")  # pyright: ignore[reportCallIssue]
         for part in ("scheduler", "text_encoder", "tokenizer", "vae"):
-            source = self._vae if part == "vae" else self._repository
+            source = self._parts.vae if part == "vae" else self._parts.repository
             shutil.copytree(source.part(part), folder / part)
         if self._config.model.prediction_type is not None:
             scheduler = self.scheduler_config() | {"prediction_type": self._config.model.prediction_type}
