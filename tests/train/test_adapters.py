@@ -20,6 +20,7 @@ from tiny_world import Ran, TinyWorld
 
 from simpletuner.errors import UserError
 from simpletuner.families.registry import load_spec
+from simpletuner.job import CommandName
 from simpletuner.train.adapters import WEIGHTS, attach_adapter
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -144,6 +145,25 @@ def test_going_on_is_never_having_stopped(world: TinyWorld, precision: str) -> N
     name = f"killed-{precision}"
     assert world.spawn(world.job(output_dir=name, **options), before=code + "torch.Tensor.backward = backward\n").code
     same_end_of(world.run(output_dir=name, **options), straight, 6, [WEIGHTS, f"ema/{WEIGHTS}"])
+
+
+def test_an_adapter_without_a_schedule_goes_on_from_its_steps_and_shows_their_average(world: TinyWorld) -> None:
+    pytest.importorskip("schedulefree")
+    options = KONTEXT | {
+        "optimizer": "adamw_schedulefree", "max_train_steps": 6, "checkpoint_step_interval": 3, "learning_rate": 0.01,
+        "validation_disable": False, "validation_prompt": "grey", "validation_disable_unconditional": True,
+        "validation_resolution": "64x64", "num_eval_images": 1, "validation_num_inference_steps": 1,
+        "validation_step_interval": 2, "disable_benchmark": True,
+    }  # fmt: skip
+    straight = world.run(output_dir="free-straight", **options)
+    world.run_until(3, CommandName.STOP, output_dir="free-halves", **options)
+    same_end_of(world.run(output_dir="free-halves", **options), straight, 6, [WEIGHTS])
+    final = straight.output / "checkpoint-6"
+    average, steps = load_file(final / WEIGHTS), load_file(final / "optimizer-rank0.safetensors")["weights.0"]
+    assert all(torch.equal(value, average[key]) for key, value in load_file(straight.output / WEIGHTS).items())
+    assert sum(value.abs().sum() for value in average.values()) != pytest.approx(steps.abs().sum().item(), rel=1e-4)
+    images = [Image.open(straight.output / f"validation_images/step_{n}_validation_0_64x64.png") for n in (4, 6)]
+    assert images[0].info["simpletuner"] != images[1].info["simpletuner"]
 
 
 def test_the_base_is_never_written(world: TinyWorld) -> None:

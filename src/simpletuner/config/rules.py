@@ -24,13 +24,17 @@ OPTIMIZERS = (
     "bnb-adamw8bit", "bnb-adamw8bit-paged", "bnb-adam", "bnb-adam-paged", "bnb-adam8bit", "bnb-adam8bit-paged",
     "bnb-lion", "bnb-lion-paged", "bnb-lion8bit", "bnb-lion8bit-paged", "bnb-ademamix", "bnb-ademamix-paged",
     "bnb-ademamix8bit", "bnb-ademamix8bit-paged", "muon", "prodigy",
+    "adamw_schedulefree", "soap",
 )  # fmt: skip
 """As in the table of `train.optim`, which this world cannot import."""
-OPTIMIZERS_LATER = ("adamw_schedulefree", "soap")
 _CLIPPING = ("max_grad_norm", "grad_clip_method")
-_SCHEDULE = ("learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_end", "lr_num_cycles", "lr_power")
-_OF_NO_EFFECT = {"optimi-stableadamw": _CLIPPING, "prodigy": (*_CLIPPING, *_SCHEDULE)}
-"""Options that an optimizer has no use for: it limits its own updates, or finds its own rate."""
+_SCHEDULE = ("lr_scheduler", "lr_end", "lr_num_cycles", "lr_power")
+_OF_NO_EFFECT = {
+    "optimi-stableadamw": _CLIPPING,
+    "prodigy": (*_CLIPPING, "learning_rate", "lr_warmup_steps", *_SCHEDULE),
+    "adamw_schedulefree": _SCHEDULE,
+}
+"""Options that an optimizer has no use for: it limits its own updates, finds its own rate, or needs no schedule."""
 
 FLOW_ONLY = (
     "flow_schedule_shift", "flow_schedule_auto_shift", "flow_sigmoid_scale", "flow_use_uniform_schedule",
@@ -115,10 +119,7 @@ def _optimizer(at: Situation) -> Iterator[Problem]:
             if at.given(option):
                 yield warning_about("option_no_effect", option, f"--{option} has no effect: --optimizer is {name}.")
         return
-    if name in OPTIMIZERS_LATER:
-        yield error_about("option_not_supported_yet", "optimizer", f"The optimizer {name!r} is not supported yet.")
-        return
-    near = get_close_matches(name, [*OPTIMIZERS, *OPTIMIZERS_LATER], n=1)
+    near = get_close_matches(name, OPTIMIZERS, n=1)
     guess = f"Did you mean {near[0]!r}? " if near else ""
     yield error_about(
         "unknown_optimizer", "optimizer", f"There is no optimizer {name!r}.", f"{guess}Known: {', '.join(OPTIMIZERS)}."

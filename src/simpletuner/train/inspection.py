@@ -18,7 +18,7 @@ from simpletuner.train.requests import Requests
 from simpletuner.train.state import TrainState
 from simpletuner.train.trained import Trained
 from simpletuner.train.update import Update
-from simpletuner.train.validation import Drawing, EmaMode, Validation, hash_weights, weights_to_draw
+from simpletuner.train.validation import Drawing, EmaMode, Validation, Weights, hash_weights, weights_to_draw
 
 
 @dataclass(slots=True)
@@ -59,7 +59,8 @@ class Inspection:
 
     def measure(self, step: int) -> None:
         for held_out in self.held_out:
-            found = held_out.measure(self.denoiser)
+            with self.update.averaged():
+                found = held_out.measure(self.denoiser)
             self.reporter.metric(f"loss/val/{found.dataset_id}", found.mean, step, found.standard_error)
 
     def on_startup(self, step: int) -> None:
@@ -72,9 +73,9 @@ class Inspection:
             self.reporter.skip_stage("benchmark_base_model", "Drawing the base model")
             return
         with self.reporter.stage("benchmark_base_model", "Drawing the base model"):
-            fingerprint = hash_weights(self.update.buffers)
+            fingerprint = hash_weights(self.update)
             drawing = Drawing(step=0, cause="benchmark", fingerprint=fingerprint, kind="benchmark")
-            if self.validation.run(self._drawer(), self.denoiser, drawing, weights_to_draw(None, "none")):
+            if self.validation.run(self._drawer(), self.denoiser, drawing, [Weights("")]):
                 record.write_text(name)
 
     def export(self) -> Path:
@@ -88,11 +89,11 @@ class Inspection:
             self.reporter.skip_stage("final_validation", "Drawing from the saved model")
             return
         with self.reporter.stage("final_validation", "Drawing from the saved model"):
+            fingerprint = hash_weights(self.update)
             saved = self.trained.reread(pipeline, self.device)
             draw = self.family.validation_pipeline(saved, self.device)
-            fingerprint = hash_weights(self.update.buffers)
             drawing = Drawing(step=step, cause="end", fingerprint=fingerprint)
-            self.validation.run(draw, saved, drawing, weights_to_draw(None, "none"))
+            self.validation.run(draw, saved, drawing, [Weights("")])
 
     def _images(self, step: int, cause: str, request_ids: tuple[str, ...]) -> None:
         if self.validation.is_off:
@@ -100,9 +101,9 @@ class Inspection:
                 drawing = Drawing(step=step, cause=cause, fingerprint="", request_ids=request_ids)
                 self.validation.skip(drawing, "Validation is disabled, or there is no prompt.")
             return
-        fingerprint = hash_weights(self.update.buffers)
+        fingerprint = hash_weights(self.update)
         drawing = Drawing(step=step, cause=cause, fingerprint=fingerprint, request_ids=request_ids)
-        self.validation.run(self._drawer(), self.denoiser, drawing, weights_to_draw(self.update.ema, self.ema_mode))
+        self.validation.run(self._drawer(), self.denoiser, drawing, weights_to_draw(self.update, self.ema_mode))
 
     def _drawer(self) -> Draw:
         if self._draw is None:

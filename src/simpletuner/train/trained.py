@@ -59,7 +59,8 @@ class FullWeights:
 
     def save(self, folder: Path, update: Update) -> None:
         assert isinstance(self.denoiser, ModelMixin)
-        self.denoiser.save_pretrained(folder / DENOISER)
+        with update.averaged():
+            self.denoiser.save_pretrained(folder / DENOISER)
         if update.ema is None:
             return
         tensors = {name: value.detach().clone() for name, value in self.denoiser.state_dict().items()}
@@ -79,7 +80,7 @@ class FullWeights:
         """`<output_dir>/pipeline`, averaged weights if there are any; compared with what was trained."""
         place, beside = output_dir / "pipeline", output_dir / ".pipeline-tmp"
         shutil.rmtree(beside, ignore_errors=True)
-        weights = weights_to_draw(update.ema, "ema_only")[0]
+        weights = weights_to_draw(update, "ema_only")[0]
         self.denoiser.eval()
         with weights.hold(), torch.inference_mode():
             self._family.export_pipeline(beside, self.denoiser)
@@ -111,7 +112,8 @@ class AdapterWeights:
         self.adapter = adapter
 
     def save(self, folder: Path, update: Update) -> None:
-        self.adapter.save(folder)
+        with update.averaged():
+            self.adapter.save(folder)
         if update.ema is not None:
             with update.ema.in_place():
                 self.adapter.save(folder / "ema")
@@ -124,7 +126,8 @@ class AdapterWeights:
         beside = output_dir / ".adapter-tmp"
         shutil.rmtree(beside, ignore_errors=True)
         self.save(beside, update)
-        self._check(beside / WEIGHTS)
+        with update.averaged():
+            self._check(beside / WEIGHTS)
         write_for_others(beside / WEIGHTS, beside / "export", self._family)
         for path in sorted(beside.rglob("*")):
             if path.is_file():
