@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from simpletuner.config.adapter_rules import adapter_rule, flux_rule, reference_rule
+from simpletuner.config.adapter_rules import adapter_rule, flux_rule, init_lora_rule, reference_rule
 from simpletuner.config.model_options import QUANTISED
 from simpletuner.config.pairing import check_pairs
 from simpletuner.config.prompt import parse_resolutions
@@ -343,6 +343,7 @@ _RULES: tuple[tuple[Callable[[Situation], Iterator[Problem]], tuple[str, ...]], 
     (_run_length, ("max_train_steps", "num_train_epochs")),
     (_model_type, ("base_model_precision", "mixed_precision", "model_type")),
     (adapter_rule, ("model_type", "lora_type", "lycoris_config")),
+    (init_lora_rule, ("model_type", "lora_type", "init_lora")),
     (flux_rule, ("model_flavour", "flux_fast_schedule", "flux_guidance_min", "flux_guidance_max")),
     (reference_rule, ("model_flavour", "datasets")),
     (_optimizer, ("optimizer",)),

@@ -146,7 +146,7 @@ class _Builder:
             file = self._output_dir / "training_metrics.jsonl"
             keep_metrics_until(file, point.state.step if point else 0)
             trackers = Trackers(config.publishing, self._output_dir, config.to_flat(), reporter)
-            metrics = Metrics(reporter.emit, file, total, self._device, trackers.log)
+            metrics = Metrics(reporter.emit, file, total, self._device, trackers.log, trained.adapter_name)
             saver = CheckpointSaver(self._output_dir, config.checkpoint.checkpoints_total_limit, facts, reporter)
             inspection = self._build_inspection(trained, update, saver, metrics, total)
         if config.validation.disable_benchmark:
@@ -169,10 +169,8 @@ class _Builder:
             adapter = attach_adapter(denoiser, config, self._family.spec)
             if config.adapter.init_lora:
                 load_adapter_file(adapter, config.adapter.init_lora)
-            facts = adapter.facts()
-            message = f"{facts['library']} {facts['algo']} on {facts['modules']} modules."
-            self._reporter.notify("adapter_attached", message, **facts)
             trained: Trained = AdapterWeights(denoiser, adapter, self._family.spec.name)
+            self._reporter.notify("adapter_attached", f"{trained.adapter_name}.", **adapter.facts())
         else:
             denoiser.requires_grad_(True)
             trained = FullWeights(self._family, denoiser, self._probe)

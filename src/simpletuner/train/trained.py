@@ -31,6 +31,8 @@ class Trained(Protocol):
     """Weights that training changes."""
 
     denoiser: nn.Module
+    adapter_name: str | None
+    """Library, algorithm and number of modules, of an adapter."""
 
     def save(self, folder: Path, update: Update) -> None:
         """Into a checkpoint's folder, the moving average too."""
@@ -51,6 +53,8 @@ class Trained(Protocol):
 
 class FullWeights:
     """Every weight of the denoiser. `probe`: one forward pass on fixed input."""
+
+    adapter_name: str | None = None
 
     def __init__(self, family: Family, denoiser: nn.Module, probe: Callable[[nn.Module], Tensor]) -> None:
         self.denoiser = denoiser
@@ -110,6 +114,8 @@ class AdapterWeights:
         self.denoiser = denoiser
         self._family = family
         self.adapter = adapter
+        facts = adapter.facts()
+        self.adapter_name: str | None = f"{facts['library']} {facts['algo']} on {facts['modules']} modules"
 
     def save(self, folder: Path, update: Update) -> None:
         with update.averaged():
