@@ -13,6 +13,7 @@ from simpletuner.config.model_options import QUANTISED
 from simpletuner.config.pairing import check_pairs
 from simpletuner.config.prompt import parse_resolutions
 from simpletuner.config.publishing_options import TRACKERS, TRACKERS_LATER, tracker_names
+from simpletuner.config.script import SCRIPTS, script_rule
 from simpletuner.config.situation import Situation, error_about, warning_about
 from simpletuner.errors import Level, Problem, UserError
 from simpletuner.families.spec import Capability
@@ -355,6 +356,7 @@ _RULES: tuple[tuple[Callable[[Situation], Iterator[Problem]], tuple[str, ...]], 
     (_timesteps, ("timestep_bias_strategy", "timestep_bias_begin", "timestep_bias_end", "refiner_training",
                   "refiner_training_strength", "refiner_training_invert_schedule")),
     (_validation_sizes, ("validation_resolution",)),
+    (script_rule, ("validation_method", *SCRIPTS)),
     (_warmup, ("max_train_steps", "lr_warmup_steps")),
     (_datasets, ()),
     (_pairs, ("datasets",)),

@@ -11,7 +11,9 @@ from torch import nn
 from simpletuner.families.base import Draw, Family
 from simpletuner.train.checkpoint import CheckpointSaver
 from simpletuner.train.due import Due
+from simpletuner.train.external_validation import ExternalValidation
 from simpletuner.train.heldout import HeldOut
+from simpletuner.train.hooks import AFTER_CHECKPOINT, Hooks
 from simpletuner.train.metrics import Metrics
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import Requests
@@ -31,6 +33,8 @@ class Inspection:
     validation: Validation
     held_out: list[HeldOut]
     saver: CheckpointSaver
+    hooks: Hooks
+    external: ExternalValidation
     metrics: Metrics
     reporter: Reporter
     due: Due
@@ -47,7 +51,11 @@ class Inspection:
         """Metrics are read first: weights that a non-finite number ended with are never saved."""
         self.metrics.drain()
         is_final = self.due.end(state)
-        self.saver.save(self.trained, self.update, state, is_final=is_final, request_ids=requests.checkpoint)
+        in_use = self.hooks.checkpoints_in_use()
+        if self.saver.save(
+            self.trained, self.update, state, is_final=is_final, request_ids=requests.checkpoint, in_use=in_use
+        ):
+            self.hooks.start(AFTER_CHECKPOINT, state.step, self.saver.latest)
 
     def validate(self, state: TrainState, requests: Requests) -> None:
         self.metrics.drain()
@@ -69,7 +77,7 @@ class Inspection:
     def benchmark(self, base: str) -> None:
         """Images of the untouched base, unless those on disk are of this base and these prompts."""
         record, name = self.validation.benchmark_record, self.validation.benchmark_fingerprint(base)
-        if self.validation.is_off or (record.exists() and record.read_text() == name):
+        if self.validation.is_off or self.external.is_used or (record.exists() and record.read_text() == name):
             self.reporter.skip_stage("benchmark_base_model", "Drawing the base model")
             return
         with self.reporter.stage("benchmark_base_model", "Drawing the base model"):
@@ -85,6 +93,10 @@ class Inspection:
 
     def final_validation(self, step: int, pipeline: Path) -> None:
         """Drawn from the exported files, so that what is shown is what was saved."""
+        if self.external.is_used:
+            with self.reporter.stage("final_validation", "Validating elsewhere"):
+                self.external.run(step, "end", self.saver.latest)
+            return
         if self.validation.is_off:
             self.reporter.skip_stage("final_validation", "Drawing from the saved model")
             return
@@ -96,6 +108,9 @@ class Inspection:
             self.validation.run(draw, saved, drawing, [Weights("")])
 
     def _images(self, step: int, cause: str, request_ids: tuple[str, ...]) -> None:
+        if self.external.is_used:
+            self.external.run(step, cause, self.saver.latest, request_ids)
+            return
         if self.validation.is_off:
             if request_ids:
                 drawing = Drawing(step=step, cause=cause, fingerprint="", request_ids=request_ids)

@@ -37,7 +37,9 @@ from simpletuner.train.checkpoint import (
 )
 from simpletuner.train.due import Due
 from simpletuner.train.ema import Ema
+from simpletuner.train.external_validation import ExternalValidation
 from simpletuner.train.heldout import HeldOut
+from simpletuner.train.hooks import Hooks
 from simpletuner.train.inputs import Inputs, Preparation, Reference
 from simpletuner.train.inspection import Inspection
 from simpletuner.train.loop import Outcome, Run, train
@@ -67,6 +69,7 @@ class Built:
     """When the caches were full, on the monotonic clock."""
 
     def close(self) -> None:
+        self.inspection.hooks.close()
         self.loader.close()
         self.metrics.close()
         self.trackers.close()
@@ -79,6 +82,7 @@ def execute(job: JobDir, reporter: Reporter, requests: RequestReader) -> ExitCod
         outcome = _loop(built, reporter)
         if outcome == "completed":
             _finish(built, reporter, Path(job.read_spec().output_dir))
+        built.inspection.hooks.finish()
     finally:
         built.close()
     _say_end(built, reporter, outcome)
@@ -147,7 +151,7 @@ class _Builder:
             keep_metrics_until(file, point.state.step if point else 0)
             trackers = Trackers(config.publishing, self._output_dir, config.to_flat(), reporter)
             metrics = Metrics(reporter.emit, file, total, self._device, trackers.log, trained.adapter_name)
-            saver = CheckpointSaver(self._output_dir, config.checkpoint.checkpoints_total_limit, facts, reporter)
+            saver = CheckpointSaver(self._output_dir, config.checkpoint.checkpoints_total_limit, facts, reporter, point)
             inspection = self._build_inspection(trained, update, saver, metrics, total)
         if config.validation.disable_benchmark:
             reporter.skip_stage("benchmark_base_model", "Drawing the base model")
@@ -206,6 +210,7 @@ class _Builder:
         self, trained: Trained, update: Update, saver: CheckpointSaver, metrics: Metrics, total: int
     ) -> Inspection:
         config = self._config
+        hooks = Hooks(config, self._reporter, self._requests.asked_to_end)
         references = self._references()
         pictures = plan_pictures(config, plan_prompts(config.validation), len(references))
         validation = Validation(
@@ -218,6 +223,8 @@ class _Builder:
             validation=validation,
             held_out=[] if config.validation.eval_loss_disable else self._build_held_out(),
             saver=saver,
+            hooks=hooks,
+            external=ExternalValidation(config.validation, hooks, self._reporter),
             metrics=metrics,
             reporter=self._reporter,
             due=Due.from_config(config, total),
@@ -341,6 +348,7 @@ def _finish(built: Built, reporter: Reporter, output_dir: Path) -> None:
     inspection.measure(state.step)
     inspection.final_validation(state.step, pipeline)
     reporter.skip_stage("publish", "Publishing")
+    inspection.hooks.finish()
     with reporter.stage("training_complete", "Done"):
         pass
     summary = SummaryData(
