@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_world import Ran, TinyWorld
+from tiny_world import Ran, TinyWorld, paint_pictures
 
 from simpletuner.checkpoints import MANIFEST, find_faults
 from simpletuner.errors import ExitCode, UserError
@@ -101,6 +101,31 @@ def test_without_a_schedule_the_average_is_what_others_read(shared: TinyWorld, d
         found = x[x != 0].float().sort().values
         assert torch.allclose(kept[kept != 0], found, atol=1e-6), folder
         assert not torch.allclose(kept[kept != 0], y[y != 0].float().sort().values, atol=1e-5)
+
+
+def test_without_a_schedule_the_average_is_what_is_looked_at(world: TinyWorld) -> None:
+    """An image and a held-out loss in the middle are those of a run that ended there, which are of its export."""
+    pytest.importorskip("schedulefree")
+    paint_pictures(world.root / "held", ((64, 64),))
+    world.entries.append({"id": "held", "dataset_type": "eval", "instance_data_dir": "held", "resolution": 64})
+    options = {
+        "optimizer": "adamw_schedulefree", "learning_rate": 0.01, "validation_disable": False,
+        "validation_prompt": "red", "validation_resolution": 64, "validation_num_inference_steps": 2,
+        "validation_step_interval": 2, "disable_benchmark": True, "eval_timesteps": 3,
+    }  # fmt: skip
+    longer, ended = (world.run(output_dir=str(steps), max_train_steps=steps, **options) for steps in (4, 2))
+    images = [ran.output / "validation_images/step_2_validation_0_64x64.png" for ran in (longer, ended)]
+    assert images[0].read_bytes() == images[1].read_bytes()
+    exported = world.run(
+        output_dir="onward",
+        max_train_steps=1,
+        **options | {"pretrained_model_name_or_path": f"{ended.output}/pipeline"},
+    )
+    losses = [
+        {event["data"]["step"]: event["data"]["value"] for event in ran.of_type("training.metric")}
+        for ran in (longer, ended, exported)
+    ]
+    assert losses[0][2] == losses[1][2] == losses[2][0] != losses[0][4]
 
 
 @pytest.mark.slow
