@@ -118,6 +118,19 @@ def test_without_a_checkpoint_a_pass_that_needs_one_is_skipped(shared: TinyWorld
     assert calls(file) == [[str(ran.output / "checkpoint-4")]]
 
 
+def test_after_a_resume_the_resumed_checkpoint_is_the_newest(shared: TinyWorld, tmp_path: Path) -> None:
+    script, file = recording(tmp_path, "{global_step}", "{local_checkpoint_path}")
+    options = EXTERNAL | {"validation_step_interval": 1, "validation_on_startup": True}
+    shared.run(output_dir="resumed-hooks", max_train_steps=2)
+    ran = shared.run(output_dir="resumed-hooks", max_train_steps=4, validation_external_script=script, **options)
+    assert [[step, Path(path).name] for step, path in calls(file)] == [
+        ["2", "checkpoint-2"], ["3", "checkpoint-2"], ["4", "checkpoint-4"],
+    ]  # fmt: skip
+    afresh = options | {"resume_from_checkpoint": "", "max_train_steps": 1}
+    shared.run(output_dir="resumed-hooks", validation_external_script=script, **afresh)
+    assert calls(file)[3:] == [["1", str(ran.output / "checkpoint-1")]], "none of an earlier run's"
+
+
 def test_beside_training_nobody_waits_and_all_are_reaped(shared: TinyWorld, tmp_path: Path) -> None:
     """Acceptance 50. The program ends only after steps that come after its start."""
     code = (

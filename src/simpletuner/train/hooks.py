@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Literal
 
@@ -69,38 +70,58 @@ class Program:
         """Kill the group, or keep it from starting."""
         with self._lock:
             self._ended_as = self._ended_as or status
-            if self._group is not None:
-                os.killpg(self._group, signal.SIGKILL)
+            self._kill_group()
 
     def _run(self, output: IO[bytes]) -> int | None:
-        environment = {f"env:{name}": value for name, value in os.environ.items()}
-        # Without -P a module of the workspace could stand for one of Python's own.
-        command = [sys.executable, "-P", "-m", "simpletuner.train.hook_group", str(os.getpid())]
-        values = {**environment, **self._values}
-        command += fill_words(self._words, values)
+        """Exit code; None where it did not start, and `output` says why."""
+        values = {**{f"env:{name}": value for name, value in os.environ.items()}, **self._values}
         if missing := sorted(find_placeholders(self._words) - values.keys()):
             output.write(f"Not set here: {', '.join(missing)}.".encode())
             return None
-        with self._lock:
-            if self._ended_as is not None:
+        life, inherited = os.pipe()
+        with os.fdopen(life, "rb") as end:
+            process = self._start(fill_words(self._words, values), output, inherited)
+            if process is None:
                 return None
-            try:
-                process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, process_group=0
-                )
-            except (OSError, ValueError) as error:  # too long for the system, or with a NUL in it
-                output.write(str(error).encode())
-                return None
-            self._group = process.pid
-        timer = threading.Timer(self._limit_s, self.end, ["timed_out"])
-        timer.start()
-        # Not reaped yet: as long as the leader is a zombie, its number names this group and no other.
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        timer.cancel()
+            timer = threading.Timer(self._limit_s, self.end, ["timed_out"])
+            timer.start()
+            end.read()
+            timer.cancel()
+        # The leader is gone and not reaped yet: until then its number names this group and no other.
         with self._lock:
-            os.killpg(process.pid, signal.SIGKILL)
+            self._kill_group()
             self._group = None
         return process.wait()
+
+    def _kill_group(self) -> None:
+        # Nobody may be left but the dead leader, or a program that became another user's.
+        with suppress(ProcessLookupError, PermissionError):
+            if self._group is not None:
+                os.killpg(self._group, signal.SIGKILL)
+
+    def _start(self, argv: list[str], output: IO[bytes], inherited: int) -> subprocess.Popen[bytes] | None:
+        """`inherited`: the end of a pipe that only the group's leader holds."""
+        # Without -P a module of the workspace could stand for one of Python's own.
+        command = [sys.executable, "-P", "-m", "simpletuner.train.hook_group", str(os.getpid()), *argv]
+        try:
+            with self._lock:
+                if self._ended_as is not None:
+                    return None
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    process_group=0,
+                    pass_fds=(inherited,),
+                )
+                self._group = process.pid
+                return process
+        except (OSError, ValueError) as error:  # too long for the system, or with a NUL in it
+            output.write(str(error).encode())
+            return None
+        finally:
+            os.close(inherited)
 
 
 class Hooks:
