@@ -32,6 +32,7 @@ class EventType(StrEnum):
     TRAINING_CHECKPOINT = "training.checkpoint"
     TRAINING_VALIDATION = "training.validation"
     VALIDATION_IMAGE = "validation.image"
+    TRAINING_HOOK = "training.hook"
     TRAINING_SUMMARY = "training.summary"
     LOG = "log"
     NOTIFICATION = "notification"
@@ -144,6 +145,17 @@ class ValidationImageData(_Part):
     index: int = 0
 
 
+class HookData(_Part):
+    """One program of the user's, at its end; `argv` with `{env:NAME}` as it was written."""
+
+    script: str
+    argv: list[str]
+    status: Literal["completed", "failed", "timed_out", "cancelled"]
+    exit_code: int | None = None
+    seconds: float = 0.0
+    output_tail: str = ""
+
+
 class SummaryData(_Part):
     steps: int
     samples: int
@@ -187,6 +199,7 @@ PAYLOADS: dict[EventType, type[BaseModel]] = {
     EventType.TRAINING_CHECKPOINT: NoData,
     EventType.TRAINING_VALIDATION: ValidationData,
     EventType.VALIDATION_IMAGE: ValidationImageData,
+    EventType.TRAINING_HOOK: HookData,
     EventType.TRAINING_SUMMARY: SummaryData,
     EventType.LOG: LogData,
     EventType.NOTIFICATION: NoticeData,

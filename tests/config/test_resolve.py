@@ -196,7 +196,13 @@ RULES: list[tuple[dict[str, Any], str, str]] = [
     ({"aspect_bucket_alignment": 8}, "/--aspect_bucket_alignment", "incompatible_options"),
     ({"prediction_type": "flow_matching"}, "/--prediction_type", "incompatible_options"),
     ({"optimizer": "adamw"}, "/--optimizer", "unknown_optimizer"),
-    ({"optimizer": "soap"}, "/--optimizer", "option_not_supported_yet"),
+    ({"validation_method": "external-script"}, "/--validation_external_script", "incompatible_options"),
+    ({"post_checkpoint_script": "notify {globalstep}"}, "/--post_checkpoint_script", "unknown_placeholder"),
+    ({"post_checkpoint_script": "notify ${HOME}"}, "/--post_checkpoint_script", "unknown_placeholder"),
+    ({"post_checkpoint_script": "notify 'it"}, "/--post_checkpoint_script", "bad_script"),
+    ({"post_checkpoint_script": " "}, "/--post_checkpoint_script", "bad_script"),
+    ({"post_checkpoint_script": "notify {env:NOT_SET_ANYWHERE}"}, "/--post_checkpoint_script", "env_not_set"),
+    ({"post_upload_script": "notify"}, "/--post_upload_script", "option_not_supported_yet"),
     ({"mixed_precision": "fp16"}, "/--mixed_precision", "option_not_supported_yet"),
     ({"model_flavour": "900M-1024-v0.8"}, "/--model_flavour", "unknown_flavour"),
     ({"timestep_bias_strategy": "range", "timestep_bias_begin": 500, "timestep_bias_end": 500},
@@ -234,7 +240,14 @@ NO_EFFECTS: list[tuple[dict[str, Any], str]] = [
     ({"refiner_training_strength": 0.5}, "refiner_training_strength"),
     ({"optimizer": "prodigy", "lr_scheduler": "cosine"}, "lr_scheduler"),
     ({"optimizer": "optimi-stableadamw", "max_grad_norm": 1.0}, "max_grad_norm"),
+    ({"optimizer": "adamw_schedulefree", "lr_scheduler": "cosine"}, "lr_scheduler"),
     ({"quantize_via": "cpu"}, "quantize_via"),
+    ({"validation_external_script": "draw {validation_prompt}"}, "validation_external_script"),
+    ({"validation_external_background": True}, "validation_external_background"),
+    (
+        {"validation_method": "external-script", "validation_external_script": "draw", "disable_benchmark": True},
+        "disable_benchmark",
+    ),
 ]
 
 

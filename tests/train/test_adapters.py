@@ -14,12 +14,13 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline
 from flux_world import KONTEXT, NANO, paired_world
 from lycoris.wrapper import create_lycoris_from_weights
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_restart import same_end_of
 from tiny_world import Ran, TinyWorld
 
 from simpletuner.errors import UserError
 from simpletuner.families.registry import load_spec
+from simpletuner.job import CommandName
 from simpletuner.train.adapters import WEIGHTS, attach_adapter
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -146,6 +147,25 @@ def test_going_on_is_never_having_stopped(world: TinyWorld, precision: str) -> N
     same_end_of(world.run(output_dir=name, **options), straight, 6, [WEIGHTS, f"ema/{WEIGHTS}"])
 
 
+def test_an_adapter_without_a_schedule_goes_on_from_its_steps_and_shows_their_average(world: TinyWorld) -> None:
+    pytest.importorskip("schedulefree")
+    options = KONTEXT | {
+        "optimizer": "adamw_schedulefree", "max_train_steps": 6, "checkpoint_step_interval": 3, "learning_rate": 0.01,
+        "validation_disable": False, "validation_prompt": "grey", "validation_disable_unconditional": True,
+        "validation_resolution": "64x64", "num_eval_images": 1, "validation_num_inference_steps": 1,
+        "validation_step_interval": 2, "disable_benchmark": True,
+    }  # fmt: skip
+    straight = world.run(output_dir="free-straight", **options)
+    world.run_until(3, CommandName.STOP, output_dir="free-halves", **options)
+    same_end_of(world.run(output_dir="free-halves", **options), straight, 6, [WEIGHTS])
+    final = straight.output / "checkpoint-6"
+    average, steps = load_file(final / WEIGHTS), load_file(final / "optimizer-rank0.safetensors")["weights.0"]
+    assert all(torch.equal(value, average[key]) for key, value in load_file(straight.output / WEIGHTS).items())
+    assert sum(value.abs().sum() for value in average.values()) != pytest.approx(steps.abs().sum().item(), rel=1e-4)
+    images = [Image.open(straight.output / f"validation_images/step_{n}_validation_0_64x64.png") for n in (4, 6)]
+    assert images[0].info["simpletuner"] != images[1].info["simpletuner"]
+
+
 def test_the_base_is_never_written(world: TinyWorld) -> None:
     ran = world.run(**LYCORIS | {"output_dir": "light", "max_train_steps": 1})
     assert {path.name for path in ran.output.rglob("*.safetensors") if "cache" not in path.parts} == {
@@ -196,9 +216,48 @@ def test_what_is_refused_before_the_first_step(world: TinyWorld, tmp_path: Path)
     assert code_of(world, **KONTEXT | {"lora_rank": 4096}) == "adapter_rank_too_large"
     assert code_of(world, **LYCORIS | {"lora_rank": 4096}) == "adapter_rank_too_large"
     assert code_of(world, **KONTEXT | {"base_model_precision": "fp8-torchao"}) == "precision_unavailable"
-    other = world.run(**LYCORIS | {"output_dir": "other", "max_train_steps": 1}).output / WEIGHTS
-    assert code_of(world, **KONTEXT | {"init_lora": str(other)}) == "adapter_unknown_keys"
-    assert code_of(world, **KONTEXT | {"init_lora": str(tmp_path / "none")}) == "adapter_unreadable"
+    other = world.run(**KONTEXT | {"output_dir": "other", "max_train_steps": 1}).output / WEIGHTS
+    assert code_of(world, **KONTEXT | {"lora_rank": 8, "init_lora": str(other)}) == "adapter_unknown_keys"
+
+
+def init_lora_problem(world: TinyWorld, path: Path, **options: Any) -> str:
+    (found,) = world.resolve(**options | {"init_lora": str(path)}).errors
+    assert found.pointer == "/--init_lora"
+    return found.code
+
+
+def test_a_file_to_start_from_is_looked_at_before_anything_loads(world: TinyWorld, tmp_path: Path) -> None:
+    lora = tmp_path / "lora.safetensors"
+    keys = {"transformer.a.lora_A.weight": torch.zeros(1, 2), "transformer.a.lora_B.weight": torch.zeros(2, 1)}
+    save_file(keys, lora, metadata={"modelspec.architecture": "Flux.1-dev/lora"})
+    assert world.resolve(**KONTEXT | {"init_lora": str(lora)}).errors == []
+    assert init_lora_problem(world, lora, **LYCORIS) == "adapter_other_kind"
+    assert init_lora_problem(world, lora, model_type="lora", model_flavour="900M-1024-v0.6") == "adapter_other_family"
+    lycoris = tmp_path / "lycoris.safetensors"
+    save_file({"lycoris_a.lokr_w1": torch.zeros(2, 2)}, lycoris)
+    assert init_lora_problem(world, lycoris, **KONTEXT) == "adapter_other_kind"
+    save_file({"lora_unet_a.lora_down.weight": torch.zeros(2, 2)}, lycoris)
+    assert init_lora_problem(world, lycoris, **KONTEXT) == "adapter_other_kind"
+    for content in (
+        b"",
+        b"not tensors at all",
+        (8).to_bytes(8, "little") + b"[1, 2,3]",
+        (19).to_bytes(8, "little") + b'{"__metadata__": 5}',
+        b"\xff" * 64,
+    ):
+        lycoris.write_bytes(content)
+        assert init_lora_problem(world, lycoris, **KONTEXT) == "adapter_unreadable"
+    assert init_lora_problem(world, tmp_path / "none", **KONTEXT) == "adapter_unreadable"
+    assert init_lora_problem(world, tmp_path, **KONTEXT) == "adapter_unreadable"
+
+
+@pytest.mark.parametrize("options", [KONTEXT | {"lora_alpha": 1e-60}, LYCORIS | {"lora_alpha": 1e-60}])
+def test_an_adapter_that_has_no_effect_is_told_after_one_step(world: TinyWorld, options: dict[str, Any]) -> None:
+    name = f"dead-{options.get('lora_type')}"
+    ran = world.main(world.job(**options, output_dir=name, max_train_steps=30))
+    assert ran.code == 72 and [row["step"] for row in ran.metrics()] == [1]
+    error = ran.events[-1]
+    assert error["data"]["code"] == "dead_run" and "25 modules" in error["message"]
 
 
 BAD: list[tuple[dict[str, Any], str, str]] = [

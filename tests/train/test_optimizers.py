@@ -27,7 +27,9 @@ from simpletuner.train.update import Update
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ON_CPU = sorted(name for name in OPTIMIZERS if not name.endswith("-paged"))
-EXTRAS = {"bnb": "bitsandbytes", "prodigy": "prodigyopt"}
+EXTRAS = {
+    "bnb": "bitsandbytes", "prodigy": "prodigyopt", "adamw_schedulefree": "schedulefree", "soap": "pytorch_optimizer",
+}  # fmt: skip
 """Libraries that an installation may do without."""
 
 
@@ -204,6 +206,11 @@ def test_fused_adamw_is_torch_adamw(name: str, epsilon: float, limit: float) -> 
         assert torch.allclose(own, other, rtol=1e-5, atol=1e-7)
 
 
+def training(optimizer: Any) -> Any:
+    optimizer.train()
+    return optimizer
+
+
 def references() -> dict[str, Callable[[list[nn.Parameter]], list[torch.optim.Optimizer]]]:
     """What a library's user would write; the rate is 1e-2 but for prodigy."""
     import optimi
@@ -232,6 +239,8 @@ def references() -> dict[str, Callable[[list[nn.Parameter]], list[torch.optim.Op
             torch.optim.AdamW([x for x in p if x.ndim != 2], lr=rate),
         ],
         "prodigy": lambda p: [pytest.importorskip("prodigyopt").Prodigy(p, lr=1.0)],
+        "adamw_schedulefree": lambda p: [training(pytest.importorskip("schedulefree").AdamWScheduleFree(p, lr=rate))],
+        "soap": lambda p: [pytest.importorskip("pytorch_optimizer").SOAP(p, lr=rate)],
     }
     for own, theirs in (("adamw", "AdamW"), ("adam", "Adam"), ("lion", "Lion"), ("ademamix", "AdEMAMix")):
         for bits in ("", "8bit"):
@@ -281,7 +290,7 @@ def test_a_bowl_is_descended(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(64, 64, generator=generator)
     buffer = buffer_of(0.1 * torch.randn(64, 64, generator=generator))
-    slow = name in ("muon", "optimi-ranger", "torch-adafactor", "torch-radam")
+    slow = name in ("adamw_schedulefree", "muon", "soap", "optimi-ranger", "torch-adafactor", "torch-radam")
     options = OptimizerOptions(learning_rate=0.2 if slow else 0.02, lr_scheduler="constant", max_grad_norm=0)
     update = Update([buffer], build_optimizers(name, [buffer], 1), options, 100, None)
     ((_, weights),) = buffer.named_views(buffer.weights)
@@ -319,6 +328,76 @@ def test_block_quantised_state_is_small(name: str) -> None:
     assert size < 2 * 256 * 256 * (0.6 if "4bit" in name else 1.1)
 
 
+def test_without_a_schedule_the_average_is_the_result() -> None:
+    """arXiv:2405.15682, eq. 3–5, in fp64: z the steps, x their mean, y between them; the warm-up weighs by rate²."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(64, generator=generator)
+    buffer = buffer_of(torch.zeros(64, dtype=BF16))
+    options = OptimizerOptions(learning_rate=1e-2, lr_scheduler="cosine", lr_warmup_steps=4, max_grad_norm=0)
+    update = Update([buffer], build_optimizers("adamw_schedulefree", [buffer], 1), options, 40, None)
+    assert [update.rate(step) for step in (0, 3, 4, 20, 39)] == [2e-3, 8e-3, 1e-2, 1e-2, 1e-2]
+    z, x, v, weight_sum = torch.zeros(64).double(), torch.zeros(64).double(), torch.zeros(64).double(), 0.0
+    for step in range(40):
+        y = 0.1 * z + 0.9 * x
+        assert torch.allclose(buffer.weights[:64].double(), y, atol=2**-8)
+        buffer.grads[:64] = buffer.weights[:64] - target.to(BF16)
+        gradient = buffer.grads[:64].double()
+        update.apply(step)
+        v = 0.999 * v + 0.001 * gradient**2
+        z = z - update.rate(step) * gradient / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+        weight_sum += update.rate(step) ** 2
+        x = x + update.rate(step) ** 2 / weight_sum * (z - x)
+    trained = buffer.weights.clone()
+    with update.averaged():
+        assert torch.allclose(buffer.weights[:64].double(), x, atol=2**-8)
+        assert (buffer.weights[:64].double() - x).abs().mean() < (trained[:64].double() - x).abs().mean()
+    assert torch.equal(buffer.weights, trained)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_looking_at_the_average_changes_nothing(dtype: torch.dtype) -> None:
+    ends: list[dict[str, Tensor]] = []
+    for looks in (0, 3):
+        module = wide_net(dtype)
+        buffers = build_buffers(module)
+        options = OptimizerOptions(learning_rate=1e-2, max_grad_norm=0)
+        update = Update(buffers, build_optimizers("adamw_schedulefree", buffers, 1), options, 10, None)
+        for step in range(6):
+            for _ in range(looks):
+                with update.averaged():
+                    pass
+            give_gradients(module, step)
+            update.apply(step)
+        ends.append({name: value.clone() for name, value in update.state_tensors().items()})
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_soap_is_adam_in_the_eigenbasis_of_the_gradients() -> None:
+    """arXiv:2409.11321, algorithm 3, in fp64, as long as the basis is that of the first gradient."""
+    buffer = buffer_of(torch.zeros(4, 4))
+    optimizer = build_optimizers("soap", [buffer], 1)[0]
+    generator = torch.Generator().manual_seed(0)
+    ((_, weights),) = buffer.named_views(buffer.weights)
+    wanted = torch.zeros(4, 4).double()
+    m, v = torch.zeros(4, 4).double(), torch.zeros(4, 4).double()
+    left, right = torch.eye(4).double(), torch.eye(4).double()
+    for step in range(6):
+        gradient = torch.randn(4, 4, generator=generator)
+        buffer.grads.copy_(torch.nn.functional.pad(gradient.flatten(), (0, len(buffer.grads) - 16)))
+        g = gradient.double()
+        optimizer.step(1e-2, step, clip_gradients([buffer], 0, "norm"))
+        if step == 0:
+            left, right = torch.linalg.eigh(g @ g.T)[1], torch.linalg.eigh(g.T @ g)[1]
+            assert not weights.any(), "the first step only looks"
+            continue
+        m = 0.95 * m + 0.05 * g
+        v = 0.95 * v + 0.05 * (left.T @ g @ right) ** 2
+        rate = 1e-2 * math.sqrt(1 - 0.95**step) / (1 - 0.95**step)
+        wanted -= rate * left @ ((left.T @ m @ right) / (v.sqrt() + 1e-8)) @ right.T
+        wanted *= 1 - 1e-2 * 1e-2
+        assert torch.allclose(weights.double(), wanted, atol=1e-4)
+
+
 def test_torchao_draws_from_no_shared_generator() -> None:
     module = wide_net(BF16)
     buffers = build_buffers(module)
@@ -346,7 +425,6 @@ def test_paged_state_needs_a_gpu(name: str) -> None:
 
 def test_the_rules_know_the_table() -> None:
     assert sorted(rules.OPTIMIZERS) == sorted(OPTIMIZERS)
-    assert not set(rules.OPTIMIZERS_LATER) & set(OPTIMIZERS)
 
 
 def test_adamw_bf16_first_moment_decays() -> None:

@@ -21,7 +21,7 @@ from simpletuner.errors import ExitCode, UserError
 from simpletuner.events import Event, EventType
 from simpletuner.job import Command, CommandName, JobDir, JobSpec
 from simpletuner.train.due import Due
-from simpletuner.train.metrics import Metrics, StepFacts, keep_metrics_until
+from simpletuner.train.metrics import Metrics, StepFacts, Watch, keep_metrics_until
 from simpletuner.train.requests import Ended, RequestReader, Requests
 from simpletuner.train.state import TrainState, restore_rng, rng_tensors
 
@@ -231,6 +231,31 @@ def test_gradients_of_zero(tmp_path: Path) -> None:
     assert judged(tmp_path, [(1.0, 0.0)] * 19 + [GOOD] + [(1.0, 0.0)] * 19)[1] is None
     _, error = judged(tmp_path, [(1.0, 0.0)] * 20)
     assert error is not None and (error.code, error.exit_code) == ("dead_run", ExitCode.DIVERGED)
+
+
+@pytest.mark.parametrize(
+    ("values", "ends"),
+    [
+        ([(1.0, 0.0)], True),
+        ([(0.0, 0.0), GOOD], False),
+        ([GOOD, (1.0, 0.0), GOOD], False),
+        ([(math.nan, 0.0), GOOD], False),
+    ],
+    ids=["no effect", "nothing to learn from", "not the first", "no number"],
+)
+def test_an_adapter_without_any_gradient_ends_at_once(values: list[tuple[float, float]], ends: bool) -> None:
+    watch = Watch("peft lora on 3 modules")
+    facts = [StepFacts(step, 0, 1e-3, 2, 0.0, ("a", "b")) for step in range(1, len(values) + 1)]
+    seen = [
+        lambda fact=fact, row=row: watch.see(fact, *row, lambda _: None)
+        for fact, row in zip(facts, values, strict=True)
+    ]
+    if not ends:
+        assert [look() for look in seen] == [None] * len(values)
+        return
+    with pytest.raises(UserError, match="peft lora on 3 modules") as caught:
+        seen[0]()
+    assert (caught.value.code, caught.value.exit_code) == ("dead_run", ExitCode.DIVERGED)
 
 
 # --- prompts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,24 @@ import pytest
 import torch
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import PixArtSigmaPipeline
-from tiny_world import TinyWorld
+from lycoris.wrapper import create_lycoris_from_weights
+from peft import LoraConfig, inject_adapter_in_model
+from peft.utils.save_and_load import set_peft_model_state_dict
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_world import Ran, TinyWorld
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from simpletuner.data.loader import Batch
 from simpletuner.data.plan import START
+from simpletuner.errors import ExitCode
 from simpletuner.families.base import build_family
 from simpletuner.families.pixart_sigma.family import PixArtSigma, T5Captions
 from simpletuner.families.registry import load_spec
+from simpletuner.job import CommandName
+from simpletuner.train.adapters import attach_adapter
 
 SHAPE: dict[str, Any] = {
     "num_layers": 42,
@@ -218,8 +228,66 @@ def test_the_fingerprints_follow_files_and_settings(shared: TinyWorld, tmp_path:
 
 @pytest.mark.parametrize("prediction", ["v_prediction"])
 def test_an_exported_scheduler_predicts_as_was_trained(shared: TinyWorld, prediction: str) -> None:
-    import json
-
     ran = shared.run(output_dir="v", prediction_type=prediction, max_train_steps=1)
     config = json.loads((ran.output / "pipeline/scheduler/scheduler_config.json").read_text())
     assert config["prediction_type"] == prediction
+
+
+NANO = load_spec("pixart_sigma").flavours["nano"].repository
+
+
+@pytest.mark.parametrize("lora_type", ["standard", "lycoris"])
+def test_an_adapter_is_trained_resumed_and_exported(shared: TinyWorld, lora_type: str) -> None:
+    """The export passes its gate, and gives others what was trained: peft on the denoiser, lycoris' own reader."""
+    options = {
+        "model_type": "lora", "lora_type": lora_type, "pretrained_model_name_or_path": NANO, "lora_rank": 4,
+        "learning_rate": 1e-2, "max_train_steps": 4, "output_dir": f"nano-{lora_type}", "cache_dir": "nano",
+        "cache_dir_text": "nano/text", "lora_dropout": 0.0,
+    }  # fmt: skip
+    stopped = shared.run_until(2, CommandName.STOP, **options)
+    assert stopped.code is ExitCode.STOPPED
+    ran = shared.run(**options)
+    assert ran.code is ExitCode.DONE and ran.of_type("training.status")[0]["data"]["resumed_from"] == "checkpoint-2"
+    denoiser = PixArtTransformer2DModel.from_pretrained(f"{NANO}/transformer", torch_dtype=torch.float32)
+    file = ran.output / "pytorch_lora_weights.safetensors"
+    with torch.no_grad():
+        bare = answer(denoiser)
+        if lora_type == "standard":
+            with safe_open(file, "pt") as opened:
+                described = json.loads(opened.metadata()["lora_adapter_metadata"])
+            settings = {key.removeprefix("transformer."): value for key, value in described.items()}
+            inject_adapter_in_model(LoraConfig(**settings), denoiser)
+            tensors = {key.removeprefix("transformer."): value for key, value in load_file(file).items()}
+            assert not set_peft_model_state_dict(denoiser, tensors).unexpected_keys
+        else:
+            create_lycoris_from_weights(1.0, str(file), denoiser)[0].apply_to()
+        adapted = answer(denoiser)
+    assert not torch.allclose(bare, adapted, atol=1e-3)
+    assert torch.allclose(adapted, answer(trained_denoiser(shared, ran, **options)), atol=1e-5)
+    assert (ran.output / "export/adapter_comfyui.safetensors").is_file()
+
+
+def trained_denoiser(shared: TinyWorld, ran: Ran, **options: Any) -> Any:
+    """The network as the trainer had it at its end, from the checkpoint's own state."""
+    denoiser = PixArtTransformer2DModel.from_pretrained(f"{NANO}/transformer", torch_dtype=torch.float32)
+    adapter = attach_adapter(denoiser, shared.resolve(**options).require(), load_spec("pixart_sigma"))
+    adapter.load(load_file(ran.output / "checkpoint-4/pytorch_lora_weights.safetensors"))
+    return denoiser
+
+
+@torch.no_grad()
+def answer(denoiser: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(1, 5, denoiser.config.caption_channels, generator=generator)
+    noisy = torch.randn(1, denoiser.config.in_channels, 8, 8, generator=generator)
+    return denoiser.eval()(noisy, text, torch.tensor([500]), {"resolution": None, "aspect_ratio": None}).sample
+
+
+def test_a_picture_that_is_masked_all_over_is_no_dead_adapter(world: TinyWorld) -> None:
+    world.entries[0]["conditioning_data"] = ["mask"]
+    (world.root / "mask").mkdir()
+    for path in world.pictures.iterdir():
+        Image.new("RGB", Image.open(path).size).save(world.root / "mask" / path.name)
+    world.entries.append({"id": "mask", "conditioning_type": "mask", "instance_data_dir": "mask", "resolution": 64})
+    ran = world.run(model_type="lora", lora_rank=4, max_train_steps=2)
+    assert ran.code is ExitCode.DONE and ran.losses() == [0.0, 0.0]

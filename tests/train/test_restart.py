@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_world import Ran, TinyWorld
+from safetensors.torch import load_file
+from tiny_world import Ran, TinyWorld, paint_pictures
 
 from simpletuner.checkpoints import MANIFEST, find_faults
 from simpletuner.errors import ExitCode, UserError
@@ -35,6 +36,9 @@ PARTS = (
     "optimizer-rank0.safetensors",
     "rng-rank0.safetensors",
 )
+
+
+LIBRARY_OF = {"adamw_schedulefree": "schedulefree", "soap": "pytorch_optimizer"}
 
 
 def same_end_of(one: Ran, other: Ran, step: int, parts: Sequence[str]) -> None:
@@ -63,9 +67,11 @@ def straight(shared: TinyWorld) -> Ran:
     return shared.run(output_dir="straight", **LONG)
 
 
-@pytest.mark.parametrize("optimizer", ["torch-adamw", "optimi-lion", "adamw_bf16"])
+@pytest.mark.parametrize("optimizer", ["torch-adamw", "optimi-lion", "adamw_bf16", "adamw_schedulefree", "soap"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_going_on_is_never_having_stopped(shared: TinyWorld, optimizer: str, dtype: str) -> None:
+    if optimizer in LIBRARY_OF:
+        pytest.importorskip(LIBRARY_OF[optimizer])
     options = LONG | {"optimizer": optimizer, "base_model_default_dtype": dtype}
     whole = shared.run(output_dir=f"whole-{optimizer}-{dtype}", **options)
     name = f"halves-{optimizer}-{dtype}"
@@ -78,6 +84,48 @@ def test_going_on_is_never_having_stopped(shared: TinyWorld, optimizer: str, dty
     assert resumed.of_type("training.status")[0]["data"]["status"] == "resumed"
     assert resumed.of_type("training.status")[0]["data"]["resumed_from"] == "checkpoint-4"
     same_end(whole, resumed)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_without_a_schedule_the_average_is_what_others_read(shared: TinyWorld, dtype: str) -> None:
+    """Checkpoint and pipeline hold x, the state what training goes on from: y and z."""
+    pytest.importorskip("schedulefree")
+    options = LONG | {"optimizer": "adamw_schedulefree", "base_model_default_dtype": dtype, "use_ema": False}
+    ran = shared.run(output_dir=f"averaged-{dtype}", **options)
+    state = load_file(ran.output / "checkpoint-7/optimizer-rank0.safetensors")
+    y, z = state["weights.0" if dtype == "fp32" else "optimizer.0.weights"], state["optimizer.0.z"]
+    x = (y + (1 - 1 / 0.9) * (z - y)).to(torch.float32 if dtype == "fp32" else torch.bfloat16)
+    for folder in (ran.output / "checkpoint-7", ran.output / "pipeline"):
+        saved = load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
+        kept = torch.cat([value.flatten() for value in saved.values()]).float().sort().values
+        found = x[x != 0].float().sort().values
+        assert torch.allclose(kept[kept != 0], found, atol=1e-6), folder
+        assert not torch.allclose(kept[kept != 0], y[y != 0].float().sort().values, atol=1e-5)
+
+
+def test_without_a_schedule_the_average_is_what_is_looked_at(world: TinyWorld) -> None:
+    """An image and a held-out loss in the middle are those of a run that ended there, which are of its export."""
+    pytest.importorskip("schedulefree")
+    paint_pictures(world.root / "held", ((64, 64),))
+    world.entries.append({"id": "held", "dataset_type": "eval", "instance_data_dir": "held", "resolution": 64})
+    options = {
+        "optimizer": "adamw_schedulefree", "learning_rate": 0.01, "validation_disable": False,
+        "validation_prompt": "red", "validation_resolution": 64, "validation_num_inference_steps": 2,
+        "validation_step_interval": 2, "disable_benchmark": True, "eval_timesteps": 3,
+    }  # fmt: skip
+    longer, ended = (world.run(output_dir=str(steps), max_train_steps=steps, **options) for steps in (4, 2))
+    images = [ran.output / "validation_images/step_2_validation_0_64x64.png" for ran in (longer, ended)]
+    assert images[0].read_bytes() == images[1].read_bytes()
+    exported = world.run(
+        output_dir="onward",
+        max_train_steps=1,
+        **options | {"pretrained_model_name_or_path": f"{ended.output}/pipeline"},
+    )
+    losses = [
+        {event["data"]["step"]: event["data"]["value"] for event in ran.of_type("training.metric")}
+        for ran in (longer, ended, exported)
+    ]
+    assert losses[0][2] == losses[1][2] == losses[2][0] != losses[0][4]
 
 
 @pytest.mark.slow

@@ -19,9 +19,9 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from simpletuner.adapters.names import family_of_header
 from simpletuner.adapters.product import Product
 from simpletuner.errors import ExitCode, UserError
+from simpletuner.families.adapter_header import family_of_header
 
 PEFT_HEADER = "lora_adapter_metadata"
 """Where diffusers writes the peft configuration: JSON, keys prefixed with the model's part."""

@@ -39,8 +39,6 @@ class FamilyNames:
     family: str
     architecture: str
     """Our value of the header's `modelspec.architecture`."""
-    spellings: tuple[str, ...]
-    """How others begin that value, in lower case."""
     modules: tuple[str, ...] = ()
     layers: tuple[Layer, ...] = ()
     """Empty: kohya has no names for this family."""
@@ -80,7 +78,6 @@ TIME = "time_text_embed"
 FLUX = FamilyNames(
     family="flux",
     architecture="flux-1-dev/lora",
-    spellings=("flux-1", "flux.1", "flux1"),
     has_pipeline_loader=True,
     comfyui_underscored=True,
     layers=(
@@ -132,7 +129,6 @@ FLUX = FamilyNames(
 PIXART_SIGMA = FamilyNames(
     family="pixart_sigma",
     architecture="pixart-sigma/lora",
-    spellings=("pixart-sigma", "pixart_sigma"),
     modules=(
         *(
             f"{DOUBLE}.{attention}.{name}"
@@ -166,20 +162,6 @@ def names_of(family: str) -> FamilyNames:
             hint=f"Known: {', '.join(FAMILIES)}.",
         )
     return FAMILIES[family]
-
-
-def family_of_header(metadata: Mapping[str, str]) -> str | None:
-    """The family a file's header states: our own key first, then `modelspec.architecture`; None if it is silent.
-
-    An architecture that no family here goes by is given back as it is, so that it is told apart from silence.
-    """
-    if own := metadata.get("simpletuner_family"):
-        return own
-    architecture = metadata.get("modelspec.architecture", "").lower()
-    for names in FAMILIES.values():
-        if architecture.startswith(names.spellings):
-            return names.family
-    return architecture.partition("/")[0] or None
 
 
 def underscored(modules: Collection[str]) -> dict[str, tuple[str, ...]]:

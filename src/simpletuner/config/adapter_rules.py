@@ -11,7 +11,8 @@ from simpletuner.config.lycoris import check_base, check_lycoris_config, is_uned
 from simpletuner.config.model_options import QUANTISED
 from simpletuner.config.pairing import MASKS
 from simpletuner.config.situation import Situation, error_about, warning_about
-from simpletuner.errors import Problem
+from simpletuner.errors import Level, Problem, UserError
+from simpletuner.families.adapter_header import family_of_header, read_header
 
 _ADAPTER_ONLY = ("lora_type", "lora_rank", "lora_alpha", "lora_dropout", "lycoris_config", "init_lora")
 _RANK_OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout")
@@ -32,6 +33,28 @@ def adapter_rule(at: Situation) -> Iterator[Problem]:
         yield warning_about("option_no_effect", "flux_lora_target", message, "Its preset names the modules.")
     if at.values["lora_type"] == "lycoris" and isinstance(at.values["lycoris_config"], dict):
         yield from _lycoris(at, at.values["lycoris_config"])
+
+
+def init_lora_rule(at: Situation) -> Iterator[Problem]:
+    """The file to start from must be there, for this family, and of this kind of adapter."""
+    if at.values["model_type"] != "lora" or at.values["init_lora"] is None:
+        return
+    path = at.directories.locate(at.values["init_lora"])
+    try:
+        header = read_header(path)
+    except UserError as error:
+        # Whoever validates may not be on the machine that trains.
+        level = Level.WARNING if not at.for_start and not path.exists() else Level.ERROR
+        yield replace(error_about(error.code, "init_lora", error.message, error.hint), level=level)
+        return
+    stated = family_of_header(header.metadata)
+    if stated is not None and stated != at.spec.name:
+        message = f"{path.name} is an adapter for {stated}, not for {at.spec.name}."
+        yield error_about("adapter_other_family", "init_lora", message)
+    elif header.lora_type != (wanted := at.values["lora_type"]):
+        found = f"of --lora_type {header.lora_type}" if header.lora_type else "in another tool's spelling"
+        hint = "Set --lora_type, or convert the file: `simpletuner export`."
+        yield error_about("adapter_other_kind", "init_lora", f"{path.name} is {found}, not of {wanted}.", hint)
 
 
 def _lycoris(at: Situation, config: dict[str, Any]) -> Iterator[Problem]:

@@ -28,11 +28,11 @@ class PublishingOptions(OptionGroup):
     webhook_reporting_interval: Annotated[NonNegativeFloat, Ui(tab="publishing", order=5, later=True)] = 0.0
     """Least seconds between two progress posts to an endpoint."""
 
-    post_checkpoint_script: Annotated[str | None, Ui(tab="publishing", order=6, later=True, runs_command=True)] = None
-    """Program that is run after each checkpoint."""
+    post_checkpoint_script: Annotated[str | None, Ui(tab="publishing", order=6, runs_command=True)] = None
+    """Command that is run beside training after each checkpoint; `{placeholders}` are filled, there is no shell."""
 
     post_upload_script: Annotated[str | None, Ui(tab="publishing", order=7, later=True, runs_command=True)] = None
-    """Program that is run after each upload."""
+    """Command that is run after each upload."""
 
 
 TRACKERS = ("wandb", "tensorboard")

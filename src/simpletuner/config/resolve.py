@@ -17,6 +17,7 @@ from simpletuner.config.option import OptionField
 from simpletuner.config.prompt import plan_prompts
 from simpletuner.config.prompt_library import settle_library
 from simpletuner.config.rules import check
+from simpletuner.config.script import SCRIPTS
 from simpletuner.config.situation import Situation, error_about
 from simpletuner.config.sources import NOT_GIVEN, Layer, parse_value
 from simpletuner.config.train_config import TrainConfig, option_fields
@@ -257,10 +258,15 @@ def _name_warmup(found: Resolution) -> None:
 
 
 def _expand(found: Resolution) -> dict[str, Any]:
-    """The values with `{env:NAME}` replaced: what the run itself sees."""
+    """The values with `{env:NAME}` replaced: what the run itself sees.
+
+    Not in commands: they are filled when they run, after they were split, and no event shows what was put in.
+    """
     expanded: dict[str, Any] = {}
     for option, value in found.values.items():
         expanded[option], missing = expand_placeholders(value)
+        if option in SCRIPTS:
+            expanded[option] = value
         found.problems += [
             Problem(
                 code="env_not_set",

@@ -8,11 +8,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from simpletuner.config.adapter_rules import adapter_rule, flux_rule, reference_rule
+from simpletuner.config.adapter_rules import adapter_rule, flux_rule, init_lora_rule, reference_rule
 from simpletuner.config.model_options import QUANTISED
 from simpletuner.config.pairing import check_pairs
 from simpletuner.config.prompt import parse_resolutions
 from simpletuner.config.publishing_options import TRACKERS, TRACKERS_LATER, tracker_names
+from simpletuner.config.script import SCRIPTS, script_rule
 from simpletuner.config.situation import Situation, error_about, warning_about
 from simpletuner.errors import Level, Problem, UserError
 from simpletuner.families.spec import Capability
@@ -24,13 +25,17 @@ OPTIMIZERS = (
     "bnb-adamw8bit", "bnb-adamw8bit-paged", "bnb-adam", "bnb-adam-paged", "bnb-adam8bit", "bnb-adam8bit-paged",
     "bnb-lion", "bnb-lion-paged", "bnb-lion8bit", "bnb-lion8bit-paged", "bnb-ademamix", "bnb-ademamix-paged",
     "bnb-ademamix8bit", "bnb-ademamix8bit-paged", "muon", "prodigy",
+    "adamw_schedulefree", "soap",
 )  # fmt: skip
 """As in the table of `train.optim`, which this world cannot import."""
-OPTIMIZERS_LATER = ("adamw_schedulefree", "soap")
 _CLIPPING = ("max_grad_norm", "grad_clip_method")
-_SCHEDULE = ("learning_rate", "lr_scheduler", "lr_warmup_steps", "lr_end", "lr_num_cycles", "lr_power")
-_OF_NO_EFFECT = {"optimi-stableadamw": _CLIPPING, "prodigy": (*_CLIPPING, *_SCHEDULE)}
-"""Options that an optimizer has no use for: it limits its own updates, or finds its own rate."""
+_SCHEDULE = ("lr_scheduler", "lr_end", "lr_num_cycles", "lr_power")
+_OF_NO_EFFECT = {
+    "optimi-stableadamw": _CLIPPING,
+    "prodigy": (*_CLIPPING, "learning_rate", "lr_warmup_steps", *_SCHEDULE),
+    "adamw_schedulefree": _SCHEDULE,
+}
+"""Options that an optimizer has no use for: it limits its own updates, finds its own rate, or needs no schedule."""
 
 FLOW_ONLY = (
     "flow_schedule_shift", "flow_schedule_auto_shift", "flow_sigmoid_scale", "flow_use_uniform_schedule",
@@ -115,10 +120,7 @@ def _optimizer(at: Situation) -> Iterator[Problem]:
             if at.given(option):
                 yield warning_about("option_no_effect", option, f"--{option} has no effect: --optimizer is {name}.")
         return
-    if name in OPTIMIZERS_LATER:
-        yield error_about("option_not_supported_yet", "optimizer", f"The optimizer {name!r} is not supported yet.")
-        return
-    near = get_close_matches(name, [*OPTIMIZERS, *OPTIMIZERS_LATER], n=1)
+    near = get_close_matches(name, OPTIMIZERS, n=1)
     guess = f"Did you mean {near[0]!r}? " if near else ""
     yield error_about(
         "unknown_optimizer", "optimizer", f"There is no optimizer {name!r}.", f"{guess}Known: {', '.join(OPTIMIZERS)}."
@@ -342,6 +344,7 @@ _RULES: tuple[tuple[Callable[[Situation], Iterator[Problem]], tuple[str, ...]], 
     (_run_length, ("max_train_steps", "num_train_epochs")),
     (_model_type, ("base_model_precision", "mixed_precision", "model_type")),
     (adapter_rule, ("model_type", "lora_type", "lycoris_config")),
+    (init_lora_rule, ("model_type", "lora_type", "init_lora")),
     (flux_rule, ("i_know_what_i_am_doing", "model_flavour", "flux_fast_schedule", "flux_guidance_min",
                  "flux_guidance_max")),
     (reference_rule, ("i_know_what_i_am_doing", "model_flavour", "datasets")),
@@ -354,6 +357,7 @@ _RULES: tuple[tuple[Callable[[Situation], Iterator[Problem]], tuple[str, ...]], 
     (_timesteps, ("timestep_bias_strategy", "timestep_bias_begin", "timestep_bias_end", "refiner_training",
                   "refiner_training_strength", "refiner_training_invert_schedule")),
     (_validation_sizes, ("validation_resolution",)),
+    (script_rule, ("validation_method", *SCRIPTS)),
     (_warmup, ("max_train_steps", "lr_warmup_steps")),
     (_datasets, ()),
     (_pairs, ("datasets",)),

@@ -72,17 +72,17 @@ class ValidationOptions(OptionGroup):
     """Sampler steps between two previews."""
 
     validation_method: Annotated[
-        Literal["simpletuner-local", "external-script"], Ui(tab="validation", order=22, later=True)
+        Literal["simpletuner-local", "external-script"], Ui(tab="validation", order=22)
     ] = "simpletuner-local"  # fmt: skip
     """Draw here, or run a program of yours."""
 
     validation_external_script: Annotated[
-        str | None, Ui(tab="validation", order=23, later=True, runs_command=True)
+        str | None, Ui(tab="validation", order=23, runs_command=True)
     ] = None  # fmt: skip
-    """Program that validates in our place."""
+    """Command that validates in our place; `{placeholders}` are filled, there is no shell."""
 
-    validation_external_background: Annotated[bool, Ui(tab="validation", order=24, later=True)] = False
-    """Do not wait for that program."""
+    validation_external_background: Annotated[bool, Ui(tab="validation", order=24)] = False
+    """Train on while that command runs."""
 
     eval_dataset_id: Annotated[str | None, Ui(tab="validation", order=30)] = None
     """Dataset whose references edit families validate on; empty: the first one that is trained on."""

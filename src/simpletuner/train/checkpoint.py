@@ -44,7 +44,11 @@ RNG = "rng-rank0.safetensors"
 class CheckpointSaver:
     """Writes checkpoints of one run. A full disk costs one save, not the run; the second time in a row it ends it."""
 
-    def __init__(self, output_dir: Path, limit: int, facts: Mapping[str, Any], reporter: Reporter) -> None:
+    def __init__(
+        self, output_dir: Path, limit: int, facts: Mapping[str, Any], reporter: Reporter, point: ResumePoint | None
+    ) -> None:
+        self.latest = None if point is None else point.folder.path
+        """The newest complete one of this run."""
         self._output_dir = output_dir
         self._limit = limit
         self._facts = dict(facts)
@@ -60,8 +64,12 @@ class CheckpointSaver:
         *,
         is_final: bool = False,
         request_ids: tuple[str, ...] = (),
-    ) -> None:
-        """Raises UserError `disk_full` (73) when the disk was full the last time too."""
+        in_use: frozenset[str] = frozenset(),
+    ) -> bool:
+        """Whether it is saved; checkpoints `in_use` are not removed for it.
+
+        Raises UserError `disk_full` (73) when the disk was full the last time too.
+        """
         started_at = time.monotonic()
         try:
             with self._reporter.stage("checkpoint_save", "Saving a checkpoint"):
@@ -70,8 +78,9 @@ class CheckpointSaver:
         except (OSError, SafetensorError) as error:
             self._reporter.fail_stages("checkpoint_save")
             self._on_failure(state, error)
-            return
+            return False
         self._failures, self._last_bytes = 0, folder.size_bytes
+        self.latest = folder.path
         seconds = round(time.monotonic() - started_at, 3)
         event = Checkpoint(
             path=str(folder.path),
@@ -84,7 +93,8 @@ class CheckpointSaver:
         for request_id in request_ids or (None,):
             self._reporter.checkpoint(event, request_id)
         # A run that went back to an older step has newer ones beside it: the one just saved stays in any case.
-        prune_checkpoints(self._output_dir, self._limit, keep=frozenset({folder.name}))
+        prune_checkpoints(self._output_dir, self._limit, keep=in_use | {folder.name})
+        return True
 
     def _write(self, trained: Trained, update: Update, state: TrainState) -> CheckpointFolder:
         folder = temporary_folder(self._output_dir, state.step)

@@ -11,14 +11,16 @@ from torch import nn
 from simpletuner.families.base import Draw, Family
 from simpletuner.train.checkpoint import CheckpointSaver
 from simpletuner.train.due import Due
+from simpletuner.train.external_validation import ExternalValidation
 from simpletuner.train.heldout import HeldOut
+from simpletuner.train.hooks import AFTER_CHECKPOINT, Hooks
 from simpletuner.train.metrics import Metrics
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import Requests
 from simpletuner.train.state import TrainState
 from simpletuner.train.trained import Trained
 from simpletuner.train.update import Update
-from simpletuner.train.validation import Drawing, EmaMode, Validation, hash_weights, weights_to_draw
+from simpletuner.train.validation import Drawing, EmaMode, Validation, Weights, hash_weights, weights_to_draw
 
 
 @dataclass(slots=True)
@@ -31,6 +33,8 @@ class Inspection:
     validation: Validation
     held_out: list[HeldOut]
     saver: CheckpointSaver
+    hooks: Hooks
+    external: ExternalValidation
     metrics: Metrics
     reporter: Reporter
     due: Due
@@ -47,7 +51,11 @@ class Inspection:
         """Metrics are read first: weights that a non-finite number ended with are never saved."""
         self.metrics.drain()
         is_final = self.due.end(state)
-        self.saver.save(self.trained, self.update, state, is_final=is_final, request_ids=requests.checkpoint)
+        in_use = self.hooks.checkpoints_in_use()
+        if self.saver.save(
+            self.trained, self.update, state, is_final=is_final, request_ids=requests.checkpoint, in_use=in_use
+        ):
+            self.hooks.start(AFTER_CHECKPOINT, state.step, self.saver.latest)
 
     def validate(self, state: TrainState, requests: Requests) -> None:
         self.metrics.drain()
@@ -59,7 +67,8 @@ class Inspection:
 
     def measure(self, step: int) -> None:
         for held_out in self.held_out:
-            found = held_out.measure(self.denoiser)
+            with self.update.averaged():
+                found = held_out.measure(self.denoiser)
             self.reporter.metric(f"loss/val/{found.dataset_id}", found.mean, step, found.standard_error)
 
     def on_startup(self, step: int) -> None:
@@ -68,13 +77,13 @@ class Inspection:
     def benchmark(self, base: str) -> None:
         """Images of the untouched base, unless those on disk are of this base and these prompts."""
         record, name = self.validation.benchmark_record, self.validation.benchmark_fingerprint(base)
-        if self.validation.is_off or (record.exists() and record.read_text() == name):
+        if self.validation.is_off or self.external.is_used or (record.exists() and record.read_text() == name):
             self.reporter.skip_stage("benchmark_base_model", "Drawing the base model")
             return
         with self.reporter.stage("benchmark_base_model", "Drawing the base model"):
-            fingerprint = hash_weights(self.update.buffers)
+            fingerprint = hash_weights(self.update)
             drawing = Drawing(step=0, cause="benchmark", fingerprint=fingerprint, kind="benchmark")
-            if self.validation.run(self._drawer(), self.denoiser, drawing, weights_to_draw(None, "none")):
+            if self.validation.run(self._drawer(), self.denoiser, drawing, [Weights("")]):
                 record.write_text(name)
 
     def export(self) -> Path:
@@ -84,25 +93,32 @@ class Inspection:
 
     def final_validation(self, step: int, pipeline: Path) -> None:
         """Drawn from the exported files, so that what is shown is what was saved."""
+        if self.external.is_used:
+            with self.reporter.stage("final_validation", "Validating elsewhere"):
+                self.external.run(step, "end", self.saver.latest)
+            return
         if self.validation.is_off:
             self.reporter.skip_stage("final_validation", "Drawing from the saved model")
             return
         with self.reporter.stage("final_validation", "Drawing from the saved model"):
+            fingerprint = hash_weights(self.update)
             saved = self.trained.reread(pipeline, self.device)
             draw = self.family.validation_pipeline(saved, self.device)
-            fingerprint = hash_weights(self.update.buffers)
             drawing = Drawing(step=step, cause="end", fingerprint=fingerprint)
-            self.validation.run(draw, saved, drawing, weights_to_draw(None, "none"))
+            self.validation.run(draw, saved, drawing, [Weights("")])
 
     def _images(self, step: int, cause: str, request_ids: tuple[str, ...]) -> None:
+        if self.external.is_used:
+            self.external.run(step, cause, self.saver.latest, request_ids)
+            return
         if self.validation.is_off:
             if request_ids:
                 drawing = Drawing(step=step, cause=cause, fingerprint="", request_ids=request_ids)
                 self.validation.skip(drawing, "Validation is disabled, or there is no prompt.")
             return
-        fingerprint = hash_weights(self.update.buffers)
+        fingerprint = hash_weights(self.update)
         drawing = Drawing(step=step, cause=cause, fingerprint=fingerprint, request_ids=request_ids)
-        self.validation.run(self._drawer(), self.denoiser, drawing, weights_to_draw(self.update.ema, self.ema_mode))
+        self.validation.run(self._drawer(), self.denoiser, drawing, weights_to_draw(self.update, self.ema_mode))
 
     def _drawer(self) -> Draw:
         if self._draw is None:

@@ -1,51 +1,25 @@
-"""Optimizers of other libraries over flat buffers: torch, torch-optimi, torchao, bitsandbytes, prodigyopt.
+"""Drives optimizers of other libraries over flat buffers. Which there are: `libraries`.
 
-training.md §5. Adding one is one entry in `LIBRARIES`. An algorithm that treats every element alike gets the buffer
-as its only parameter; one that looks at whole tensors, or quantises state in blocks, gets the tensors.
+An algorithm that treats every element alike gets the buffer as its only parameter; one that looks at whole tensors,
+or quantises state in blocks, gets the tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from simpletuner.errors import ExitCode, UserError
-from simpletuner.train.buffer import Clipping, FlatParameters
-
-Make = Callable[[list[nn.Parameter]], list[torch.optim.Optimizer]]
+from simpletuner.train.buffer import Clipping, FlatParameters, Slot
+from simpletuner.train.libraries import Library
 
 _CONSTANTS = frozenset({"qmap", "qmap1", "qmap2"})
 """Tables of quantised values: equal in every run, and shared between tensors, which safetensors refuses."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Library:
-    """How one optimizer of another library is made and driven."""
-
-    make: Make
-    install: str = "Install torch."
-    views: bool = False
-    """Whether it is given the tensors, not the buffer."""
-    clips: bool = True
-    """False: gradients reach it as they are, whatever `max_grad_norm` says."""
-    own_rate: float | None = None
-    """The rate of every step, in place of the schedule's."""
-    counters: tuple[str, ...] = ()
-    """Numbers in its parameter group that change from step to step."""
-    lacks: Callable[[torch.device], str | None] = lambda device: None
-    """What the device would need, if it does not do."""
-    eager_on_cpu: bool = False
-    """It compiles its step; on a CPU that costs more than it gains."""
-    draws: bool = False
-    """It draws from the process-wide generators."""
 
 
 class LibraryOptimizer:
@@ -58,15 +32,20 @@ class LibraryOptimizer:
     def __init__(self, name: str, library: Library, buffer: FlatParameters, seed: int) -> None:
         self.clips = library.clips
         self.own_rate = library.own_rate
+        self.averages = library.averages
         self._library = library
         self._buffer = buffer
         self._seed = seed
         self._steps = torch.zeros((), dtype=torch.int64)
         if lacking := library.lacks(buffer.weights.device):
             raise _unavailable(name, f"It needs {lacking}.", "Choose another optimizer, such as adamw_bf16.")
-        self._names = _parameters(buffer, views=library.views)
+        self._has_copy = library.in_fp32 and buffer.weights.dtype is not torch.float32
+        self._weights = buffer.weights.float() if self._has_copy else buffer.weights
+        self._parameters = _parameters(buffer, self._weights, views=library.views)
+        if not self._has_copy:
+            self._give_gradients(buffer.grads)
         try:
-            self._optimizers = library.make(list(self._names))
+            self._optimizers = library.make(list(self._parameters))
         except ImportError as error:
             message = f"It needs a library that cannot be imported: {error}."
             raise _unavailable(name, message, library.install) from error
@@ -74,13 +53,18 @@ class LibraryOptimizer:
     @property
     def state(self) -> dict[str, Tensor]:
         tensors = {"steps": self._steps}
+        if self._has_copy:
+            tensors["weights"] = self._weights
         for name, holder, key in self._places():
-            tensors.update(_leaves(name, holder[key]))
+            tensors.update((leaf_name, leaf.contiguous()) for leaf_name, leaf in _leaves(name, holder[key]))
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Raises KeyError when a tensor is missing, RuntimeError when one does not fit."""
         self._steps.copy_(tensors["steps"])
+        if self._has_copy:
+            self._weights.copy_(tensors["weights"])
+            self._buffer.weights.copy_(self._weights)
         if not self._steps:
             return
         self._make_state()
@@ -96,13 +80,36 @@ class LibraryOptimizer:
         # Libraries have no way to be told on the device: this one wait for it is theirs.
         if not clipping.finite:
             return
+        grads = self._buffer.grads.float() if self._has_copy else self._buffer.grads
         if self.clips:
-            self._buffer.grads.mul_(clipping.scale)
-        self._run(rate, step)
+            grads.mul_(clipping.scale)
+        self._run(rate, step, grads)
         self._steps.add_(1)
 
-    def _run(self, rate: float, step: int) -> None:
+    @contextmanager
+    def averaged(self) -> Generator[None]:
+        """Inside the block the buffer holds the optimizer's average, where it keeps one; then the weights again."""
+        if not self.averages:
+            yield
+            return
+        optimizers: list[Any] = self._optimizers
+        # The way back by arithmetic would be off by a rounding.
+        kept = self._weights.clone()
+        for optimizer in optimizers:
+            optimizer.eval()
+        try:
+            self._buffer.weights.copy_(self._weights)
+            yield
+        finally:
+            for optimizer in optimizers:
+                optimizer.train()
+            self._weights.copy_(kept)
+            self._buffer.weights.copy_(self._weights)
+
+    def _run(self, rate: float, step: int, grads: Tensor) -> None:
         device = self._buffer.weights.device
+        if self._has_copy:
+            self._give_gradients(grads)
         with ExitStack() as stack:
             if self._library.draws:
                 stack.enter_context(_own_noise(device, self._seed, step))
@@ -111,15 +118,24 @@ class LibraryOptimizer:
             for optimizer in self._optimizers:
                 _set_rate(optimizer, rate)
                 optimizer.step()
+        if self._has_copy:
+            self._give_gradients(None)
+            self._buffer.weights.copy_(self._weights)
+
+    def _give_gradients(self, grads: Tensor | None) -> None:
+        """Show the library where the gradients lie; None: an fp32 copy that is no longer needed."""
+        for parameter, slot in self._parameters.items():
+            parameter.grad = grads if slot is None or grads is None else self._buffer.view(grads, slot)
 
     def _make_state(self) -> None:
         """Gradients are zero afterwards, as they are before the first step of a run."""
-        weights = self._buffer.weights
+        weights = self._weights
         kept = weights.to("cpu", copy=True)  # a large model leaves no room for a second one on the device
         self._buffer.grads.zero_()
         weights.fill_(1)  # prodigy keeps no first weights where all are zero
-        self._run(0.0 if self.own_rate is None else self.own_rate, 0)
+        self._run(0.0 if self.own_rate is None else self.own_rate, 0, self._buffer.grads.to(weights.dtype))
         weights.copy_(kept)
+        self._buffer.weights.copy_(weights)
 
     def _places(self) -> Iterator[tuple[str, dict[str, Any], str]]:
         """Name, dictionary and key of everything that steps change."""
@@ -130,28 +146,26 @@ class LibraryOptimizer:
                     yield f"group{index}.{key}", group, key
             for parameter in group["params"]:
                 holder = optimizer.state.get(parameter, {})
+                slot = self._parameters[parameter]
+                prefix = "" if slot is None else f"{slot.name}."
                 for key, value in holder.items():
-                    if key not in _CONSTANTS and isinstance(value, Tensor | int | float):
-                        yield f"{self._names[parameter]}{key}", holder, key
+                    if key not in _CONSTANTS and isinstance(value, Tensor | int | float | list):
+                        yield f"{prefix}{key}", holder, key
 
 
-def _parameters(buffer: FlatParameters, *, views: bool) -> dict[nn.Parameter, str]:
-    """What a library is given, and the prefix of each one's state."""
+def _parameters(buffer: FlatParameters, weights: Tensor, *, views: bool) -> dict[nn.Parameter, Slot | None]:
+    """What a library is given: the tensors with their places, or all of them as one without."""
     if not views:
-        whole = nn.Parameter(buffer.weights)
-        whole.grad = buffer.grads
-        return {whole: ""}
-    named: dict[nn.Parameter, str] = {}
-    for slot in buffer.slots:
-        parameter = nn.Parameter(buffer.view(buffer.weights, slot))
-        parameter.grad = buffer.view(buffer.grads, slot)
-        named[parameter] = f"{slot.name}."
-    return named
+        return {nn.Parameter(weights): None}
+    return {nn.Parameter(buffer.view(weights, slot)): slot for slot in buffer.slots}
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Plain tensors: of a quantised one its parts, of a number a copy."""
-    if not isinstance(value, Tensor):
+    """Plain tensors: of a quantised one or a list its parts, of a number a copy."""
+    if isinstance(value, list):
+        for index, part in enumerate(cast(list[Any], value)):
+            yield from _leaves(f"{name}.{index}", part)
+    elif not isinstance(value, Tensor):
         yield name, torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
     elif is_traceable_wrapper_subclass(value):
         for key in value.__tensor_flatten__()[0]:
@@ -185,115 +199,3 @@ def _unavailable(name: str, message: str, hint: str) -> UserError:
         pointer="/--optimizer",
         exit_code=ExitCode.CONFIG,
     )
-
-
-# --- what there is
-
-
-def _one(module: str, attribute: str, **settings: Any) -> Make:
-    """One optimizer for all parameters, imported when it is made; the rate is set before each step."""
-
-    def make(parameters: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
-        return [getattr(import_module(module), attribute)(parameters, lr=1.0, **settings)]
-
-    return make
-
-
-def _muon(parameters: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
-    """Matrices by Muon, everything else by AdamW.
-
-    Updates of matrices are scaled to the size of AdamW's (arXiv:2502.16982), so that one rate suits both.
-    """
-    matrices = [parameter for parameter in parameters if parameter.ndim == 2]
-    others = [parameter for parameter in parameters if parameter.ndim != 2]
-    made: list[torch.optim.Optimizer] = []
-    if matrices:
-        made.append(torch.optim.Muon(matrices, lr=1.0, adjust_lr_fn="match_rms_adamw"))
-    if others:
-        made.append(torch.optim.AdamW(others, lr=1.0))
-    return made
-
-
-def _lacks_for_compiling(device: torch.device) -> str | None:
-    if device.type not in ("cpu", "cuda"):
-        return f"a CUDA device or a CPU, not {device.type}"
-    if device.type == "cuda" and find_spec("triton") is None:
-        return "triton, which compiles its step"
-    return None
-
-
-def _lacks_for_fp8(device: torch.device) -> str | None:
-    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9):
-        return "a GPU with fp8 (compute capability 8.9 or higher)"
-    return _lacks_for_compiling(device)
-
-
-def _lacks_for_pages(device: torch.device) -> str | None:
-    return None if device.type == "cuda" else "a CUDA device: its state is paged between GPU and host"
-
-
-def _lacks_for_bitsandbytes(device: torch.device) -> str | None:
-    return (
-        None if device.type in ("cpu", "cuda", "xpu") else f"a device bitsandbytes has kernels for, not {device.type}"
-    )
-
-
-def _optimi(attribute: str, *, views: bool = False, clips: bool = True, **settings: Any) -> Library:
-    make = _one("optimi", attribute, **settings)
-    return Library(make=make, install="pip install torch-optimi", views=views, clips=clips)
-
-
-def _torchao(attribute: str, lacks: Callable[[torch.device], str | None] = _lacks_for_compiling) -> Library:
-    return Library(
-        make=_one("torchao.optim", attribute, bf16_stochastic_round=True),
-        install="pip install torchao",
-        views=True,
-        lacks=lacks,
-        eager_on_cpu=True,
-        draws=True,
-    )
-
-
-def _bitsandbytes() -> Iterator[tuple[str, Library]]:
-    for name, attribute in (("adamw", "AdamW"), ("adam", "Adam"), ("lion", "Lion"), ("ademamix", "AdEMAMix")):
-        for bits in ("", "8bit"):
-            for paged in (False, True):
-                yield (
-                    f"bnb-{name}{bits}{'-paged' if paged else ''}",
-                    Library(
-                        make=_one("bitsandbytes.optim", f"{'Paged' if paged else ''}{attribute}{bits}"),
-                        install="pip install 'simpletuner[bnb]'",
-                        views=True,
-                        lacks=_lacks_for_pages if paged else _lacks_for_bitsandbytes,
-                    ),
-                )
-
-
-LIBRARIES: Mapping[str, Library] = {
-    "optimi-lion": _optimi("Lion", betas=(0.9, 0.99), weight_decay=0.0),
-    "optimi-stableadamw": _optimi("StableAdamW", views=True, clips=False),
-    "optimi-adamw": _optimi("AdamW"),
-    "optimi-adam": _optimi("Adam"),
-    "optimi-radam": _optimi("RAdam"),
-    "optimi-ranger": _optimi("Ranger"),
-    "optimi-adan": _optimi("Adan"),
-    "optimi-sgd": _optimi("SGD"),
-    "torch-adam": Library(make=_one("torch.optim", "Adam", fused=True)),
-    # Not fused: torch 2.13's fused SGD leaves most bf16 elements unchanged on a CPU.
-    "torch-sgd": Library(make=_one("torch.optim", "SGD")),
-    "torch-radam": Library(make=_one("torch.optim", "RAdam")),
-    "torch-nadam": Library(make=_one("torch.optim", "NAdam")),
-    "torch-adafactor": Library(make=_one("torch.optim", "Adafactor"), views=True),
-    "ao-adamw8bit": _torchao("AdamW8bit"),
-    "ao-adamw4bit": _torchao("AdamW4bit"),
-    "ao-adamwfp8": _torchao("AdamWFp8", _lacks_for_fp8),
-    **dict(_bitsandbytes()),
-    "muon": Library(make=_muon, views=True),
-    "prodigy": Library(
-        make=_one("prodigyopt", "Prodigy"),
-        install="pip install prodigyopt",
-        clips=False,
-        own_rate=1.0,
-        counters=("k", "d", "d_max", "d_numerator"),
-    ),
-}

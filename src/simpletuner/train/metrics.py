@@ -47,15 +47,16 @@ class Metrics:
         total_steps: int,
         device: torch.device,
         log: Log | None = None,
+        adapter: str | None = None,
     ) -> None:
-        """`log(step, values)` is told the numbers of every step too: trackers."""
+        """`log(step, values)` is told every step's numbers too: trackers. `adapter`: which one, if one is trained."""
         self._log = log
         self._emit = emit
         self._file = path.open("a", encoding="utf-8")
         self._total = total_steps
         self._ring = torch.zeros(_RING, 2, device=device)
         self._facts: list[StepFacts] = []
-        self._watch = Watch()
+        self._watch = Watch(adapter)
         self._reported_at = -math.inf
         self._drained_at = time.monotonic()
         self._started_at: float | None = None
@@ -144,7 +145,8 @@ def keep_metrics_until(path: Path, step: int) -> None:
 class Watch:
     """Judges steps in order: updates that were skipped for non-finite numbers, gradients that are zero everywhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, adapter: str | None = None) -> None:
+        self._adapter = adapter
         self._skipped: deque[bool] = deque(maxlen=100)
         self._zeros = 0
 
@@ -159,6 +161,14 @@ class Watch:
                 "diverged",
                 f"Loss or gradient is not a number at step {fact.step}; {sum(self._skipped)} updates were skipped.",
                 hint="Lower --learning_rate, or train in fp32; the weights before it are in the last checkpoint.",
+                exit_code=ExitCode.DIVERGED,
+            )
+        # A loss of nothing, as of a batch that is masked all over, explains a gradient of nothing.
+        if self._adapter is not None and fact.step == 1 and norm == 0 and loss != 0 and not bad:
+            raise UserError(
+                "dead_run",
+                f"The gradient of the first step is exactly zero: the adapter ({self._adapter}) has no effect.",
+                hint="Check its multiplier and alpha, and that its modules take part in the forward pass.",
                 exit_code=ExitCode.DIVERGED,
             )
         if self._zeros >= _DEAD_STEPS:

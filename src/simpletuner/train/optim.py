@@ -1,9 +1,10 @@
-"""Optimizers over flat buffers. training.md §5. Those of other libraries are in `library_optim`."""
+"""Optimizers over flat buffers. training.md §5. Those of other libraries are in `libraries`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from simpletuner.train.buffer import Clipping, FlatParameters
-from simpletuner.train.library_optim import LIBRARIES, LibraryOptimizer
+from simpletuner.train.libraries import LIBRARIES
+from simpletuner.train.library_optim import LibraryOptimizer
 from simpletuner.train.rounding import noise_bits, round_stochastically
 
 
@@ -22,12 +24,18 @@ class Optimizer(Protocol):
     """False: it wants gradients as they are, whatever `max_grad_norm` says."""
     own_rate: float | None
     """The rate of every step, where it has no use for the schedule's."""
+    averages: bool
+    """It averages the weights in place of a schedule: after the warm-up the rate stays, `averaged` is the result."""
 
     @property
     def state(self) -> dict[str, Tensor]: ...
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy a `state` into place. KeyError when a tensor is missing, RuntimeError when one does not fit."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside the block the buffer holds the weights that are to be looked at and kept; then those of training."""
         ...
 
     def step(self, rate: float, step: int, clipping: Clipping) -> None:
@@ -40,7 +48,11 @@ class _OwnOptimizer:
 
     clips = True
     own_rate: float | None = None
+    averages = False
     state: dict[str, Tensor]
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         for name, value in self.state.items():

@@ -22,7 +22,7 @@ from simpletuner.families.spec import FamilySpec
 from simpletuner.families.weights import autocast_dtype, weight_dtype
 from simpletuner.train.buffer import FlatParameters, build_buffers, clip_gradients
 from simpletuner.train.ema import Ema
-from simpletuner.train.library_optim import LIBRARIES
+from simpletuner.train.libraries import LIBRARIES
 from simpletuner.train.memory import MemoryPlan, Phase
 from simpletuner.train.meter import Meter, rehearsal
 from simpletuner.train.optim import OPTIMIZERS, build_optimizers

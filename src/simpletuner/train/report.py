@@ -13,6 +13,7 @@ from simpletuner.events import (
     Checkpoint,
     Event,
     EventType,
+    HookData,
     Journal,
     Media,
     MetricData,
@@ -126,6 +127,15 @@ class Reporter:
                 data=data,
                 request_id=request_id,
             )
+        )
+
+    def hook(self, data: HookData) -> None:
+        """Told from another thread than the rest: the journal takes whole lines."""
+        severity = Severity.INFO if data.status == "completed" else Severity.WARNING
+        code = "" if data.exit_code is None else f", exit code {data.exit_code}"
+        message = f"--{data.script}: {data.status}{code}, {data.seconds:.1f} s."
+        self.emit(
+            Event(type=EventType.TRAINING_HOOK, severity=severity, title="Program ended", message=message, data=data)
         )
 
     def image(self, data: ValidationImageData, file: Path, mime_type: str) -> None:

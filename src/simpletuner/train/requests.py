@@ -51,6 +51,11 @@ class RequestReader:
         self._checkpoint.clear()
         return taken
 
+    def asked_to_end(self) -> EndMode | None:
+        """While the loop waits for something; what is asked for stays to be read."""
+        self._collect()
+        return self._end
+
     def raise_if_ended(self) -> None:
         """Between items of preparation: stop and cancel act, the other requests wait for the loop. Raises Ended."""
         self._collect()

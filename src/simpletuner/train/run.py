@@ -36,7 +36,9 @@ from simpletuner.train.checkpoint import (
 )
 from simpletuner.train.due import Due
 from simpletuner.train.ema import Ema
+from simpletuner.train.external_validation import ExternalValidation
 from simpletuner.train.heldout import HeldOut
+from simpletuner.train.hooks import Hooks
 from simpletuner.train.inputs import Inputs, Preparation
 from simpletuner.train.inspection import Inspection
 from simpletuner.train.loop import Outcome, Run, train
@@ -70,6 +72,7 @@ class Built:
     """When the caches were full, on the monotonic clock."""
 
     def close(self) -> None:
+        self.inspection.hooks.close()
         self.loader.close()
         self.metrics.close()
         self.trackers.close()
@@ -82,6 +85,7 @@ def execute(job: JobDir, reporter: Reporter, requests: RequestReader) -> ExitCod
         outcome = _loop(built, reporter)
         if outcome == "completed":
             _finish(built, reporter, Path(job.read_spec().output_dir))
+        built.inspection.hooks.finish()
     finally:
         built.close()
     _say_end(built, reporter, outcome)
@@ -155,8 +159,8 @@ class _Builder:
             file = self._output_dir / "training_metrics.jsonl"
             keep_metrics_until(file, point.state.step if point else 0)
             trackers = Trackers(config.publishing, self._output_dir, config.to_flat(), reporter)
-            metrics = Metrics(reporter.emit, file, total, self._device, trackers.log)
-            saver = CheckpointSaver(self._output_dir, config.checkpoint.checkpoints_total_limit, facts, reporter)
+            metrics = Metrics(reporter.emit, file, total, self._device, trackers.log, trained.adapter_name)
+            saver = CheckpointSaver(self._output_dir, config.checkpoint.checkpoints_total_limit, facts, reporter, point)
             inspection = self._build_inspection(trained, update, saver, metrics, total)
         if config.validation.disable_benchmark:
             reporter.skip_stage("benchmark_base_model", "Drawing the base model")
@@ -181,10 +185,9 @@ class _Builder:
             return FullWeights(self._family, denoiser, self._probe)
         if config.adapter.init_lora:
             load_adapter_file(adapter, config.adapter.init_lora)
-        facts = adapter.facts()
-        message = f"{facts['library']} {facts['algo']} on {facts['modules']} modules."
-        self._reporter.notify("adapter_attached", message, **facts)
-        return AdapterWeights(denoiser, adapter, self._family.spec.name)
+        trained = AdapterWeights(denoiser, adapter, self._family.spec.name)
+        self._reporter.notify("adapter_attached", f"{trained.adapter_name}.", **adapter.facts())
+        return trained
 
     def _build_update(self, denoiser: nn.Module, total: int) -> Update:
         config = self._config
@@ -213,6 +216,7 @@ class _Builder:
         self, trained: Trained, update: Update, saver: CheckpointSaver, metrics: Metrics, total: int
     ) -> Inspection:
         config = self._config
+        hooks = Hooks(config, self._reporter, self._requests.asked_to_end)
         references = self._references()
         own = len(self._inputs.library)
         pictures = plan_pictures(config, plan_prompts(config.validation), len(references) - own)
@@ -226,6 +230,8 @@ class _Builder:
             validation=validation,
             held_out=[] if config.validation.eval_loss_disable else self._build_held_out(),
             saver=saver,
+            hooks=hooks,
+            external=ExternalValidation(config.validation, hooks, self._reporter),
             metrics=metrics,
             reporter=self._reporter,
             due=Due.from_config(config, total),
@@ -340,6 +346,7 @@ def _finish(built: Built, reporter: Reporter, output_dir: Path) -> None:
     inspection.measure(state.step)
     inspection.final_validation(state.step, pipeline)
     reporter.skip_stage("publish", "Publishing")
+    inspection.hooks.finish()
     with reporter.stage("training_complete", "Done"):
         pass
     summary = SummaryData(

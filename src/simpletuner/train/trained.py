@@ -33,6 +33,8 @@ class Trained(Protocol):
     """Weights that training changes."""
 
     denoiser: nn.Module
+    adapter_name: str | None
+    """Library, algorithm and number of modules, of an adapter."""
 
     def save(self, folder: Path, update: Update) -> None:
         """Into a checkpoint's folder, the moving average too."""
@@ -54,6 +56,8 @@ class Trained(Protocol):
 class FullWeights:
     """Every weight of the denoiser. `probe`: one forward pass on fixed input."""
 
+    adapter_name: str | None = None
+
     def __init__(self, family: Family, denoiser: nn.Module, probe: Callable[[nn.Module], Tensor]) -> None:
         self.denoiser = denoiser
         self._family = family
@@ -61,7 +65,8 @@ class FullWeights:
 
     def save(self, folder: Path, update: Update) -> None:
         assert isinstance(self.denoiser, ModelMixin)
-        self.denoiser.save_pretrained(folder / DENOISER)
+        with update.averaged():
+            self.denoiser.save_pretrained(folder / DENOISER)
         if update.ema is None:
             return
         tensors = {name: value.detach().clone() for name, value in self.denoiser.state_dict().items()}
@@ -81,7 +86,7 @@ class FullWeights:
         """`<output_dir>/pipeline`, averaged weights if there are any; compared with what was trained."""
         place, beside = output_dir / "pipeline", output_dir / ".pipeline-tmp"
         shutil.rmtree(beside, ignore_errors=True)
-        weights = weights_to_draw(update.ema, "ema_only")[0]
+        weights = weights_to_draw(update, "ema_only")[0]
         self.denoiser.eval()
         with weights.hold(), torch.inference_mode():
             self._family.export_pipeline(beside, self.denoiser)
@@ -111,9 +116,12 @@ class AdapterWeights:
         self.denoiser = denoiser
         self._family = family
         self.adapter = adapter
+        facts = adapter.facts()
+        self.adapter_name: str | None = f"{facts['library']} {facts['algo']} on {facts['modules']} modules"
 
     def save(self, folder: Path, update: Update) -> None:
-        self.adapter.save(folder)
+        with update.averaged():
+            self.adapter.save(folder)
         if update.ema is not None:
             with update.ema.in_place():
                 self.adapter.save(folder / "ema")
@@ -126,7 +134,8 @@ class AdapterWeights:
         beside = output_dir / ".adapter-tmp"
         shutil.rmtree(beside, ignore_errors=True)
         self.save(beside, update)
-        self._check(beside / WEIGHTS)
+        with update.averaged():
+            self._check(beside / WEIGHTS)
         write_for_others(beside / WEIGHTS, beside / "export", self._family)
         for path in sorted(beside.rglob("*")):
             if path.is_file():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -28,12 +29,16 @@ class Update:
         *,
         keeps_weights: bool = False,
     ) -> None:
-        """`keeps_weights`: the trained weights are part of the state, not only of a file that others read."""
-        self._keeps_weights = keeps_weights
+        """`keeps_weights`: the trained weights are part of the state, not only of a file that others read.
+
+        They always are where that file has their average in their place.
+        """
+        averages = optimizers[0].averages
+        self._keeps_weights = keeps_weights or averages
         self.buffers = buffers
         self.optimizers = optimizers
         self.ema = ema
-        self._options = options
+        self._options = options.model_copy(update={"lr_scheduler": "constant"}) if averages else options
         self._total = total_steps
 
     def rate(self, step: int) -> float:
@@ -52,6 +57,14 @@ class Update:
         for buffer in self.buffers:
             buffer.grads.zero_()
         return clipping.norm
+
+    @contextmanager
+    def averaged(self) -> Generator[None]:
+        """What is drawn, measured, saved and exported: the optimizer's own average of the weights, if it keeps one."""
+        with ExitStack() as stack:
+            for optimizer in self.optimizers:
+                stack.enter_context(optimizer.averaged())
+            yield
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything of optimizers and moving average that a restart needs."""

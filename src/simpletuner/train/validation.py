@@ -20,10 +20,9 @@ from simpletuner.config.validation_options import ValidationOptions
 from simpletuner.errors import UserError
 from simpletuner.events import ValidationData, ValidationImageData
 from simpletuner.families.base import Draw, ImageRequest
-from simpletuner.train.buffer import FlatParameters
-from simpletuner.train.ema import Ema
 from simpletuner.train.references import Reference
 from simpletuner.train.report import Reporter, StageReport
+from simpletuner.train.update import Update
 
 EmaMode = Literal["comparison", "ema_only", "none"]
 ValidationStatus = Literal["started", "completed", "skipped", "failed"]
@@ -35,7 +34,7 @@ class Weights:
     """A set of weights to draw with: file suffix, and a block inside which the denoiser holds them."""
 
     suffix: str
-    hold: Callable[[], AbstractContextManager[None]]
+    hold: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,20 +182,21 @@ class Validation:
         return self._output_dir / "benchmarks" / "base_model" / "benchmark.json"
 
 
-def weights_to_draw(ema: Ema | None, mode: EmaMode) -> list[Weights]:
+def weights_to_draw(update: Update, mode: EmaMode) -> list[Weights]:
     """Trained weights, their moving average, or both."""
-    trained = Weights("", nullcontext)
-    if ema is None or mode == "none":
+    trained = Weights("", update.averaged)
+    if update.ema is None or mode == "none":
         return [trained]
-    average = Weights("_ema", ema.in_place)
+    average = Weights("_ema", update.ema.in_place)
     return [average] if mode == "ema_only" else [trained, average]
 
 
-def hash_weights(buffers: list[FlatParameters]) -> str:
+def hash_weights(update: Update) -> str:
     """SHA-256 of the trained weights."""
     digest = hashlib.sha256()
-    for buffer in buffers:
-        digest.update(buffer.weights.detach().cpu().view(torch.uint8).numpy().data)
+    with update.averaged():
+        for buffer in update.buffers:
+            digest.update(buffer.weights.detach().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
