@@ -245,7 +245,7 @@ def validate_environment(core: CoreDep, name: str) -> ValidateAnswer:
         valid=not resolution.errors,
         errors=show_problems(resolution.errors),
         warnings=show_problems(resolution.warnings),
-        resolved_config=resolution.dashed_values(),
+        resolved_config=mask(resolution.dashed_values(), secret_names(resolution.values.get("model_family"))),
         provenance=resolution.provenance(),
     )
 
