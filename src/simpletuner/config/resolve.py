@@ -292,9 +292,10 @@ def _settle_lycoris(
 
 
 def _settle_webhooks(found: Resolution, values: dict[str, Any], directories: Directories) -> None:
-    """Endpoints are frozen by content."""
-    if values.get("webhook_config") is not None:
-        endpoints, problems = read_webhooks(values["webhook_config"], directories)
+    """Endpoints are frozen by content. One with a variable that is not set is not judged."""
+    value = values.get("webhook_config")
+    if value is not None and not any(problem.option == "webhook_config" for problem in found.errors):
+        endpoints, problems = read_webhooks(value, directories)
         found.problems += problems
         values["webhook_config"] = [endpoint.model_dump(mode="json") for endpoint in endpoints]
 
