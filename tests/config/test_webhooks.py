@@ -22,7 +22,8 @@ def endpoint(**more: Any) -> WebhookEndpoint:
 
 
 @pytest.mark.parametrize(
-    "value", [RAW, [RAW], json.dumps(RAW), json.dumps([RAW]), "hooks.json", "list.json", {"callback_url": RAW["callback_url"]}]
+    "value",
+    [RAW, [RAW], json.dumps(RAW), json.dumps([RAW]), "hooks.json", "list.json", {"callback_url": RAW["callback_url"]}],
 )
 def test_every_form_is_the_same_endpoint(place: Place, value: Any) -> None:
     (place.workspace / "hooks.json").write_text(json.dumps(RAW))
@@ -114,7 +115,6 @@ def test_levels_and_globs() -> None:
 def test_secrets_are_masked_and_come_back() -> None:
     stored = [RAW | {"auth_token": "t", "secret": "s"}, DISCORD]
     shown = mask_webhooks(stored)
-    assert "token" not in json.dumps([row | {"auth_token": ""} for row in shown]).replace("auth_token", "")
     assert shown == [
         RAW | {"auth_token": MASK, "secret": MASK},
         {"webhook_type": "discord", "webhook_url": f"https://discord.com/{MASK}"},
