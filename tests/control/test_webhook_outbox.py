@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from control_world import free_port
+from control_world import World, free_port
 from receiver import Receiver
 
 from simpletuner.config.webhook import WebhookEndpoint
@@ -264,6 +264,21 @@ def test_the_last_progress_of_a_run_that_ends_early_goes_too(post: Post, receive
     post.deliver()
     assert messages(receiver) == ["1", "", "3", ""]
     assert [each.body.get("data", {}).get("status") for each in receiver.taken] == [None, "stopping", None, "stopped"]
+
+
+def test_an_end_that_is_not_wanted_lets_the_last_progress_through(post: Post, receiver: Receiver) -> None:
+    post.register(receiver.url, interval_s=10, events=["training.progress"])
+    post.say(progress(0, 1), progress(1, 2), status("cancelled"))
+    post.deliver()
+    assert messages(receiver) == ["1", "2"]
+
+
+def test_a_job_that_was_never_accepted_leaves_no_endpoint(world: World) -> None:
+    folder = world.folder("stray").root
+    folder.mkdir()
+    world.store.webhooks.register("stray", [WebhookEndpoint(callback_url="http://localhost/")], 0)
+    assert world.placement.remove_strays() == ["stray"]
+    assert world.store.webhooks.jobs() == set()
 
 
 def test_discord_gets_text_and_files(post: Post, receiver: Receiver) -> None:

@@ -197,6 +197,40 @@ def test_a_delivery_is_sent_again_on_request(shared_server: ServerProcess) -> No
     assert shared_server.http.post("/api/webhooks/deliveries/none/redeliver").status_code == 404
 
 
+def test_stored_endpoints(server: ServerProcess) -> None:
+    base = "/api/configs/webhooks"
+    with closing(Receiver()) as receiver:
+        hook = {"callback_url": receiver.url, "auth_token": "hush"}
+        made = server.http.post(base, json={"name": "mine", "config": [hook]})
+        assert (made.status_code, made.json()["config"][0]["auth_token"]) == (201, "***")
+        assert server.http.post(base, json={"name": "mine", "config": hook}).status_code == 409
+        for bad in ("../x", ".hidden"):
+            assert server.http.post(base, json={"name": bad, "config": hook}).status_code == 422
+        wrong = server.http.post(base, json={"name": "other", "config": [hook | {"secrte": "x"}]})
+        assert (wrong.status_code, wrong.json()["errors"][0]["pointer"]) == (422, "/config/0/secrte")
+        file = server.workspace / "config/webhooks/mine.json"
+        shown = server.get(f"{base}/mine")["config"]
+        put = server.http.put(f"{base}/mine", json={"config": [shown[0] | {"log_level": "error"}]})
+        assert put.status_code == 200
+        assert json.loads(file.read_text()) == [hook | {"log_level": "error"}]
+        tried = server.http.post(f"{base}/mine/test").json()
+        assert (tried["delivered"], receiver.posts[0].headers["X-API-Key"]) == (True, "hush")
+        assert [each["name"] for each in server.get(base)["webhooks"]] == ["mine"]
+        assert [each["name"] for each in server.get("/api/configs?config_type=webhook")["configs"]] == ["mine"]
+        # A file of this name must not make the folder an environment.
+        server.http.post(base, json={"name": "config", "config": hook}).raise_for_status()
+        assert server.get("/api/configs")["configs"] == []
+        server.http.put(f"{base}/mine", json={"config": [hook]}).raise_for_status()
+        job_id = server.start_job(max_train_steps=2, webhook_config="webhooks/mine.json")["job_id"]
+        server.wait_status(job_id, "completed")
+        until(lambda: has_end(receiver))
+        assert server.http.delete(f"{base}/mine").status_code == 200
+        assert not file.exists()
+        for method, path in (("GET", ""), ("PUT", ""), ("DELETE", ""), ("POST", "/test")):
+            body = {"config": hook} if method == "PUT" else None
+            assert server.http.request(method, f"{base}/mine{path}", json=body).status_code == 404
+
+
 def test_private_targets_can_be_switched_off(tmp_path: Path) -> None:
     forbidding = ServerProcess(tmp_path, SIMPLETUNER_WEBHOOK_ALLOW_PRIVATE="false")
     with closing(forbidding) as server, closing(Receiver()) as receiver:

@@ -177,10 +177,13 @@ def unmask_webhooks(value: Any, stored: Any) -> Any:
 
     A token must not follow to another URL: whoever may edit the URL need not know the token.
     """
-    if isinstance(stored, str) and stored.lstrip()[:1] in ("{", "["):
-        stored = read_json(stored, name=OPTION)[0]
     if value == MASK:
         return stored
+    if isinstance(stored, str):
+        try:
+            stored = read_json(stored, name=OPTION)[0]
+        except UserError:
+            return value  # a path, or broken text that this write replaces
     if isinstance(value, list):
         return [unmask_webhooks(row, stored) for row in cast(list[Any], value)]
     if not isinstance(value, dict) or MASK not in str(cast(Any, value)):

@@ -22,6 +22,7 @@ from simpletuner.store.webhooks import DeliveryRow, WebhookStore
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
+CLOSE_S = 5.0
 REST_S = 60.0
 """For an endpoint whose delivery failed in our own code."""
 FIRST_RETRY_S = 1.0
@@ -69,7 +70,8 @@ class Courier:
         self._flush_s = flush_s
         self._closing.set()
         if self._thread is not None:
-            self._thread.join()
+            # A name server that hangs must not hold up the end: the thread is a daemon.
+            self._thread.join(flush_s + CLOSE_S)
 
     async def deliver_due(self) -> None:
         """One round: everything that is due, until each endpoint has all or has failed."""

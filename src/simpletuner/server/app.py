@@ -26,6 +26,7 @@ from simpletuner.server.routes import (
     system,
     training,
     training_control,
+    webhook_files,
     webhooks,
 )
 from simpletuner.server.security import Security
@@ -98,6 +99,7 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(training_control.router)
     app.include_router(webhooks.router)
     # Before `/{name}`: these are words that no environment can be called.
+    app.include_router(webhook_files.router)
     app.include_router(environments.router)
     app.include_router(configs.router)
     for router in (jobs.router, logs.router):

@@ -33,17 +33,19 @@ class ProgressGate:
     progress_at: str | None
     held_index: int | None
 
-    def admit(self, index: int, body: dict[str, Any]) -> Iterator[int]:
-        """Indices of the events to deliver now, in order."""
+    def admit(self, index: int, body: dict[str, Any], *, wanted: bool) -> Iterator[int]:
+        """Indices of the events to deliver now, in order. Also an end that nobody wants lets the held one through."""
+        if self.held_index is not None and _ends_a_run(body):
+            yield self.held_index
+            self.held_index = None
+        if not wanted:
+            return
         if body["type"] == EventType.TRAINING_PROGRESS:
             at = str(body.get("timestamp", ""))
             if not self._is_last(body) and self._is_early(at):
                 self.held_index = index
                 return
             self.progress_at, self.held_index = at, None
-        elif self.held_index is not None and _ends_a_run(body):
-            yield self.held_index
-            self.held_index = None
         yield index
 
     def _is_last(self, body: dict[str, Any]) -> bool:
@@ -70,11 +72,12 @@ def fan_out(connection: Connection, stored: Sequence[StoredEvent]) -> None:
         endpoint = WebhookEndpoint.model_validate(hook.endpoint)
         gate = ProgressGate(hook.interval_s, hook.progress_at, hook.held_index)
         for event in stored:
-            body: dict[str, Any] = json.loads(event.body) if event.job_id == hook.job_id else {}
-            if not body or not endpoint.wants(event.type, body.get("severity", "info")):
+            if event.job_id != hook.job_id:
                 continue
-            for index in gate.admit(event.index, body):
-                rows.append(_new_delivery(hook.id, hook.job_id, index, now_s))
+            body: dict[str, Any] = json.loads(event.body)
+            wanted = endpoint.wants(event.type, body.get("severity", "info"))
+            admitted = gate.admit(event.index, body, wanted=wanted)
+            rows += [_new_delivery(hook.id, hook.job_id, index, now_s) for index in admitted]
         if (gate.progress_at, gate.held_index) != (hook.progress_at, hook.held_index):
             values = {"progress_at": gate.progress_at, "held_index": gate.held_index}
             connection.execute(update(webhooks).where(webhooks.c.id == hook.id).values(values))
