@@ -129,6 +129,13 @@ def test_secrets_are_masked_and_come_back() -> None:
     assert unmask_webhooks(changed, stored) == [DISCORD, stored[0] | {"log_level": "error"}]
 
 
+def test_endpoints_that_look_alike_keep_their_own_secrets() -> None:
+    stored = [DISCORD, DISCORD | {"webhook_url": "https://discord.com/api/webhooks/2/other"}]
+    assert unmask_webhooks(mask_webhooks(stored), stored) == stored
+    renamed = [{"webhook_type": "discord", "callback_url": f"https://discord.com/{MASK}"}]
+    assert unmask_webhooks(renamed, stored)[0]["callback_url"] == DISCORD["webhook_url"]
+
+
 def test_a_secret_never_follows_to_another_url() -> None:
     stored = [RAW | {"auth_token": "t"}]
     elsewhere = {"callback_url": "https://elsewhere.example", "auth_token": MASK}

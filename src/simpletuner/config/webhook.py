@@ -141,7 +141,7 @@ def parse_webhooks(value: Any, *, pointer: str = "") -> tuple[list[WebhookEndpoi
         place = f"{pointer}/{number}" if isinstance(value, list) else pointer
         if not isinstance(row, dict):
             hint = 'Write {"webhook_type": "raw", "callback_url": "https://…"}, or a list of such objects.'
-            problems.append(_problem(f"A webhook is an object, not {row!r}.", hint, place))
+            problems.append(_problem("A webhook is an object.", hint, place))
             continue
         try:
             found.append(WebhookEndpoint.model_validate(_one_url(cast(dict[str, Any], row))))
@@ -184,18 +184,25 @@ def unmask_webhooks(value: Any, stored: Any) -> Any:
             stored = read_json(stored, name=OPTION)[0]
         except UserError:
             return value  # a path, or broken text that this write replaces
+    known = cast(list[Any], stored if isinstance(stored, list) else [stored])
     if isinstance(value, list):
-        return [unmask_webhooks(row, stored) for row in cast(list[Any], value)]
+        return [_unmask_one(row, known, number) for number, row in enumerate(cast(list[Any], value))]
+    return _unmask_one(value, known, 0)
+
+
+def _unmask_one(value: Any, known: Sequence[Any], number: int) -> Any:
+    """From the stored endpoint in the same place if it has the same URL, else from the first that has."""
     if not isinstance(value, dict) or MASK not in str(cast(Any, value)):
         return value
     row = cast(dict[str, Any], value)
-    known = cast(list[Any], stored if isinstance(stored, list) else [stored])
-    same = next((old for old in known if isinstance(old, dict) and _url_of(mask_webhooks(old)) == _url_of(row)), None)
+    likely = [*known[number : number + 1], *known]
+    same = next((old for old in likely if isinstance(old, dict) and _url_of(mask_webhooks(old)) == _url_of(row)), None)
     if same is None:
         return row
+    # The URL of the stored one may have been written under its other name.
+    stored = cast(dict[str, Any], same) | {key: _url_of(cast(dict[str, Any], same)) for key in URL_NAMES if key in row}
     hidden = (*SECRETS, *(URL_NAMES if _is_discord(row) else ()))
-    restored = {key: same[key] if key in hidden and key in same and MASK in str(row[key]) else row[key] for key in row}
-    return cast(dict[str, Any], restored)
+    return {key: stored.get(key, part) if key in hidden and MASK in str(part) else part for key, part in row.items()}
 
 
 def _rank(level: str) -> int:
