@@ -60,6 +60,9 @@ def test_every_receiver_gets_every_event_in_order(server: ServerProcess) -> None
             "id", "job_id", "event_index", "url", "status", "attempts", "last_status", "last_error", "next_at",
         }  # fmt: skip
         assert {each["url"] for each in waiting.json()["deliveries"]} == {hanging.url}
+        begin = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - begin < 8
 
 
 def test_a_server_that_is_killed_again_and_again_loses_nothing(server: ServerProcess) -> None:
@@ -267,10 +270,12 @@ def test_a_foreground_run_posts_by_itself(server: ServerProcess) -> None:
         assert server.events() == []
 
 
-def test_what_a_foreground_run_leaves_is_posted_by_the_server(server: ServerProcess) -> None:
-    """Its command is killed, its run goes on to the end, and nobody looks until the next server."""
+@pytest.mark.parametrize("served", [False, True])
+def test_what_a_foreground_run_leaves_is_posted_by_the_server(server: ServerProcess, served: bool) -> None:
+    """Its command is killed, its run goes on to the end; the server runs beside it, or is started later."""
     port = free_port()
-    server.kill()
+    if not served:
+        server.kill()
     run = run_in_foreground(server.workspace, server, hooks(f"http://127.0.0.1:{port}/"), max_train_steps=100)
     root = server.workspace / ".simpletuner" / "foreground"
     journal = until(lambda: next(root.glob("*/events.jsonl"), None), within_s=30)
@@ -280,7 +285,8 @@ def test_what_a_foreground_run_leaves_is_posted_by_the_server(server: ServerProc
     run.communicate()
     until((journal.parent / "exit.json").exists, within_s=30)
     with closing(Receiver(port=port)) as receiver:
-        server.start()
+        if not served:
+            server.start()
         until(lambda: "completed" in [post.body["data"].get("status") for post in receiver.taken], within_s=20)
         lines = [json.loads(line) for line in journal.read_text().splitlines()]
         until(lambda: len(receiver.taken) == len(lines))

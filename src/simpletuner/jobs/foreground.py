@@ -49,10 +49,19 @@ class ForegroundOutbox:
 
     def abandoned_courier(self, poster: Poster) -> Courier:
         """Posts what is left of jobs that nobody holds, with what their journals say beyond the outbox."""
-        for job_id in self.webhooks.jobs():
-            if self._is_abandoned(job_id):
-                self.events.tail(job_id, JobDir(self.root / job_id).journal_path)
-        return Courier(self.webhooks, poster, self.root, may_deliver=self._is_abandoned)
+        read: set[str] = set()
+
+        def refill() -> None:
+            for job_id in self.webhooks.jobs() - read:
+                if self._is_abandoned(job_id):
+                    job = JobDir(self.root / job_id)
+                    # In this order: a run that is found ended has said everything before its journal is read.
+                    has_ended = not job.is_locked()
+                    self.events.tail(job_id, job.journal_path)
+                    if has_ended:
+                        read.add(job_id)
+
+        return Courier(self.webhooks, poster, self.root, refill=refill, may_deliver=self._is_abandoned)
 
     def num_waiting(self, job_id: str) -> int:
         return self.webhooks.find(job_id=job_id, status="pending", limit=1, offset=0).total

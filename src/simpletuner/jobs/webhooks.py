@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.5
 CLOSE_S = 5.0
+MOST_LOOKUPS = 64
 REST_S = 60.0
 """For an endpoint whose delivery failed in our own code."""
 FIRST_RETRY_S = 1.0
@@ -81,6 +83,8 @@ class Courier:
             await asyncio.sleep(0)
 
     async def _run(self) -> None:
+        # Names are resolved on threads: those that hang must leave room for the others.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(MOST_LOOKUPS, "webhook-names"))
         while not self._closing.is_set():
             self._look()
             await self._pause(POLL_S)
