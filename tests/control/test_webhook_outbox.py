@@ -326,6 +326,23 @@ def test_an_event_and_its_deliveries_are_stored_together(
     assert messages(receiver) == ["first"]
 
 
+def test_an_event_that_breaks_our_code_stops_one_endpoint_only(post: Post, receiver: Receiver) -> None:
+    post.register(f"{receiver.url}/all")
+    post.register(f"{receiver.url}/some", events=["training.status"])
+    with (post.folder / "events.jsonl").open("a") as journal:
+        journal.write('{"type": "notification", "images": [{}]}\n')
+    post.say(status("running"))
+    post.deliver()
+    assert [each.path for each in receiver.taken] == ["/hook/some"]
+    broken = next(row for row in post.rows() if row.attempts and row.status == "pending")
+    assert ("KeyError" in broken.last_error, broken.next_s) == (True, post.now_s + 1)
+    post.now_s += GIVE_UP_S + 1
+    post.deliver()
+    assert [row.event_index for row in post.rows(status="dead")] == [1]
+    post.deliver()
+    assert [each.path for each in receiver.taken] == ["/hook/some", "/hook/all"]
+
+
 def test_the_threads_flush_ends_when_the_outbox_is_empty(post: Post, receiver: Receiver) -> None:
     post.register(receiver.url)
     post.say(*(notice(str(number)) for number in range(5)))

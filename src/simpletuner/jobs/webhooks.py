@@ -26,7 +26,7 @@ POLL_S = 0.5
 CLOSE_S = 5.0
 MOST_LOOKUPS = 64
 REST_S = 60.0
-"""For an endpoint whose delivery failed in our own code."""
+"""For an endpoint whose outbox cannot be read or written, such as on a full disk."""
 FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 600.0
 LONGEST_RETRY_AFTER_S = 3600.0
@@ -126,26 +126,28 @@ class Courier:
                 task.add_done_callback(lambda task, webhook_id=webhook_id: self._end(webhook_id, task))
 
     def _end(self, webhook_id: int, task: asyncio.Task[None]) -> None:
+        """A delivery that breaks our own code counts as failed: the other endpoints go on, and it ends some day."""
         del self._tasks[webhook_id]
         error = None if task.cancelled() else task.exception()
-        if error is not None:
-            # Ours, or a full disk: the other endpoints go on, and this one does not spin.
-            log.error("Delivering to webhook %s failed", webhook_id, exc_info=error)
+        if error is None:
+            return
+        log.error("Delivering to webhook %s failed", webhook_id, exc_info=error)
+        if isinstance(error, SQLAlchemyError):
             self._resting[webhook_id] = self._clock() + REST_S
+        elif delivery := self._outbox.head(webhook_id):
+            self._settle(delivery, Outcome(error=f"{type(error).__name__}: {error}"))
 
     async def _deliver_all(self, webhook_id: int) -> None:
+        """Until one is to be tried again later."""
         while (delivery := self._outbox.head(webhook_id)) and delivery.next_s <= self._clock():
-            if not await self._deliver(delivery):
-                return
+            if delivery.event is None:
+                outcome = Outcome(error="The event is gone.", refused=True)
+            else:
+                outcome = await self._poster.post(delivery.endpoint, self._view.show(delivery.event), delivery.id)
+            self._settle(delivery, outcome)
 
-    async def _deliver(self, delivery: DeliveryRow) -> bool:
-        """Whether the next one may go."""
-        if delivery.event is None:
-            outcome = Outcome(error="The event is gone.", refused=True)
-        else:
-            outcome = await self._poster.post(delivery.endpoint, self._view.show(delivery.event), delivery.id)
-        now_s = self._clock()
-        next_s = now_s
+    def _settle(self, delivery: DeliveryRow, outcome: Outcome) -> None:
+        next_s = now_s = self._clock()
         if outcome.delivered:
             status = "delivered"
         elif outcome.refused or now_s - max(delivery.created_s, self._started_s) >= GIVE_UP_S:
@@ -157,7 +159,6 @@ class Courier:
             if delivery.attempts == 0:
                 log.warning("Webhook %s did not take event %s, more tries follow: %s", *_names(delivery), outcome.error)
         self._outbox.record(delivery, status, next_s=next_s, last_status=outcome.status, last_error=outcome.error)
-        return status != "pending"
 
 
 def retry_after_s(attempts: int, outcome: Outcome) -> float:
