@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, Row, and_, delete, func, insert, select, u
 from simpletuner.config.webhook import WebhookEndpoint
 from simpletuner.store.database import Database
 from simpletuner.store.event_row import StoredEvent
-from simpletuner.store.fan_out import PENDING
+from simpletuner.store.fan_out import PENDING, stored_endpoint
 from simpletuner.store.schema import deliveries, events, webhooks
 
 DeliveryStatus = Literal["pending", "delivered", "dead"]
@@ -144,5 +144,5 @@ def _rows(clause: ColumnElement[bool]) -> Any:
 
 def _delivery(row: Row[Any], event: StoredEvent | None = None) -> DeliveryRow:
     values = dict(row._mapping)  # pyright: ignore[reportPrivateUsage] - SQLAlchemy's public name for it
-    values["endpoint"] = WebhookEndpoint.model_validate(values["endpoint"])
+    values["endpoint"] = stored_endpoint(values["endpoint"])
     return DeliveryRow(**values, event=event)
