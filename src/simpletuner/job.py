@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
@@ -141,6 +141,32 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def hold_lock(path: Path) -> Generator[None]:
+    """Proof of life: the kernel frees it at any death. Raises BlockingIOError when it is held."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether the holder lives. Tries the lock for an instant, shared, so that two askers do not see each other."""
+    try:
+        handle = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 class JobDir:
     """`<state>/jobs/<job_id>/`: names its files and reads and writes them."""
 
@@ -199,29 +225,13 @@ class JobDir:
         finally:
             os.close(handle)
 
-    @contextmanager
-    def hold_lock(self) -> Generator[None]:
-        """The runner's proof of life: the kernel frees it at any death. Raises BlockingIOError when it is held."""
-        handle = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-        finally:
-            os.close(handle)
+    def hold_lock(self) -> AbstractContextManager[None]:
+        """The runner's proof of life. Raises BlockingIOError when it is held."""
+        return hold_lock(self.lock_path)
 
     def is_locked(self) -> bool:
-        """Whether a runner lives. Tries the lock for an instant, shared, so that two askers do not see each other."""
-        try:
-            handle = os.open(self.lock_path, os.O_RDWR)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(handle)
-        return False
+        """Whether a runner lives."""
+        return is_locked(self.lock_path)
 
     def _write_json(self, name: str, value: Any) -> None:
         write_atomic(self.root / name, json.dumps(value, indent=1, ensure_ascii=False).encode())

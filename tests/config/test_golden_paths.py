@@ -248,6 +248,18 @@ def test_inline_demo(place: Place) -> None:
     assert config.validation.validation_prompt == "test shot of <token>"
 
 
+def test_inline_demo_with_webhook(place: Place) -> None:
+    (place.workspace / "config").mkdir()
+    (place.workspace / "config/multidatabackend-once.json").write_text(INLINE_DATA)
+    hook = '[{"webhook_type":"raw","callback_url":"https://example.com/simpletuner","log_level":"info","ssl_no_verify":false}]'
+    pairs = [*INLINE, ("--webhook_config", hook), ("--webhook_reporting_interval", "10")]
+    found = resolve([layer_from_pairs(pairs, name="request", known=option_fields())], place.directories)
+    assert errors(found) == {}
+    config, _, _ = freeze(found)
+    assert config["webhook_config"][0]["callback_url"] == "https://example.com/simpletuner"
+    assert config["webhook_reporting_interval"] == 10
+
+
 def test_the_tutorials_mistakes(place: Place) -> None:
     (place.workspace / "config").mkdir()
     (place.workspace / "config/multidatabackend-once.json").write_text(INLINE_DATA)

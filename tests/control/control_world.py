@@ -25,7 +25,7 @@ from simpletuner.jobs.feed import Feed
 from simpletuner.jobs.placement import Placement
 from simpletuner.jobs.submit import Submission, Submitted, submit
 from simpletuner.jobs.supervisor import Supervisor
-from simpletuner.store.events import StoredEvent
+from simpletuner.store.event_row import StoredEvent
 from simpletuner.store.job_row import JobRow
 from simpletuner.store.store import Store
 

@@ -10,8 +10,13 @@ CREATE TABLE settings ( name VARCHAR(64) NOT NULL, value JSON, PRIMARY KEY (name
 CREATE TABLE sqlite_sequence(name,seq)
 -- events.db
 CREATE TABLE alembic_version ( version_num VARCHAR(32) NOT NULL, CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num) )
+CREATE TABLE deliveries ( number INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, id VARCHAR(16) NOT NULL, webhook_id INTEGER NOT NULL, job_id VARCHAR(64) NOT NULL, event_index INTEGER NOT NULL, status VARCHAR(12) NOT NULL, attempts INTEGER NOT NULL, created_s FLOAT NOT NULL, next_s FLOAT NOT NULL, last_status INTEGER, last_error TEXT, UNIQUE (id) )
 CREATE TABLE events ( "index" INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, id VARCHAR(96) NOT NULL, job_id VARCHAR(64), type VARCHAR(48) NOT NULL, body TEXT NOT NULL, UNIQUE (id) )
+CREATE INDEX ix_deliveries_job ON deliveries (job_id, number)
+CREATE INDEX ix_deliveries_queue ON deliveries (status, webhook_id, number)
 CREATE INDEX ix_events_job ON events (job_id, "index")
 CREATE INDEX ix_events_job_type ON events (job_id, type, "index")
+CREATE INDEX ix_webhooks_job_id ON webhooks (job_id)
 CREATE TABLE journals ( job_id VARCHAR(64) NOT NULL, "offset" INTEGER NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (job_id) )
 CREATE TABLE sqlite_sequence(name,seq)
+CREATE TABLE webhooks ( id INTEGER NOT NULL, job_id VARCHAR(64) NOT NULL, endpoint JSON NOT NULL, interval_s FLOAT NOT NULL, progress_at VARCHAR(32), held_index INTEGER, PRIMARY KEY (id) )

@@ -16,10 +16,10 @@ from control_world import ServerProcess, World
 from websockets.sync.client import connect
 
 from simpletuner.jobs import feed as feed_module
+from simpletuner.jobs.event_view import find_artifact
 from simpletuner.jobs.feed import Feed
-from simpletuner.server.event_view import find_artifact
 from simpletuner.store.event_filter import EventFilter
-from simpletuner.store.events import StoredEvent
+from simpletuner.store.event_row import StoredEvent
 
 
 def sse(stream: httpx2.Response) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,7 @@ from cyclopts import Parameter
 import simpletuner
 from simpletuner.cli.follow import EventPrinter, build_printer
 from simpletuner.cli.local_config import LocalConfig, print_warnings, read_local_config
+from simpletuner.cli.webhooks import post_webhooks
 from simpletuner.config.resolve import freeze
 from simpletuner.errors import ExitCode
 from simpletuner.events import read_journal
@@ -43,7 +44,7 @@ def train(
     local = read_local_config(env, words)
     print_warnings(local.resolution)
     job = _freeze(local)
-    with build_printer(as_json=json) as printer:
+    with post_webhooks(job, local.settings), build_printer(as_json=json) as printer:
         record = _follow(job, local.settings.workspace, printer)
     if not json:
         _print_end(job, record)
@@ -63,7 +64,7 @@ def _freeze(local: LocalConfig) -> JobDir:
         stop_grace_s=local.settings.stop_grace_s,
     )
     # Not among the server's jobs: a folder there without a row in its table would be removed.
-    root = local.settings.state_dir / "foreground" / job_id
+    root = local.settings.foreground_root / job_id
     root.parent.mkdir(parents=True, exist_ok=True)
     return JobDir.create(root, spec, config=config, provenance=provenance, datasets=datasets)
 

@@ -22,7 +22,7 @@ from simpletuner.errors import Level, Problem, UserError
 from simpletuner.events import utc_now
 from simpletuner.job import fsync_folder, write_atomic
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESERVED = frozenset(
     {"examples", "active", "schema", "environments", "import", "export", "webhooks", "data_backends", "templates"}
 )
@@ -53,7 +53,8 @@ class Environments:
             folder.name
             for folder in self.root.iterdir()
             if folder.is_dir()
-            and _NAME.fullmatch(folder.name)
+            and folder.name not in _RESERVED
+            and NAME.fullmatch(folder.name)
             and any((folder / name).exists() for name in CONFIG_FILES)
         )
 
@@ -72,7 +73,7 @@ class Environments:
     def check_new_name(self, name: str, *, adhoc: bool = False) -> str:
         """The name without `.json`. Raises UserError `reserved_name`, `invalid_field` or `already_exists`."""
         name = name.removesuffix(".json")
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise UserError(
                 "invalid_field",
                 f"{name!r} is not a name for an environment.",

@@ -91,7 +91,7 @@ def _option_row(option: OptionField) -> str:
     kind = " \\| ".join(option.choices) if option.choices and option.kind == "choice" else option.kind
     default = "required" if option.required else _shown(option.default)
     later = " *Not supported yet.*" if option.ui.later else ""
-    return f"| `{option.name}` | {kind} | {default} | {option.help.strip()}{later} |"
+    return f"| `{option.name}` | {kind} | {default} | {' '.join(option.help.split())}{later} |"
 
 
 def _shown(value: Any) -> str:

@@ -21,12 +21,13 @@ class PublishingOptions(OptionGroup):
 
     webhook_config: Annotated[
         str | dict[str, Any] | list[Any] | None,
-        Ui(tab="publishing", order=4, structured=True, secret=True, later=True),
+        Ui(tab="publishing", order=4, structured=True, secret=True),
     ] = None
-    """Where events are posted."""
+    """Where events are posted: an object or a list of `{webhook_type: raw or discord, callback_url, log_level, events,
+    auth_token, secret, message_prefix, ssl_no_verify}`, as JSON or the path of a JSON file."""
 
-    webhook_reporting_interval: Annotated[NonNegativeFloat, Ui(tab="publishing", order=5, later=True)] = 0.0
-    """Least seconds between two progress posts to an endpoint."""
+    webhook_reporting_interval: Annotated[NonNegativeFloat, Ui(tab="publishing", order=5)] = 0.0
+    """Least seconds between two `training.progress` posts to an endpoint; the first and the last always go."""
 
     post_checkpoint_script: Annotated[str | None, Ui(tab="publishing", order=6, runs_command=True)] = None
     """Command that is run beside training after each checkpoint; `{placeholders}` are filled, there is no shell."""

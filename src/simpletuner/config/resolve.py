@@ -21,6 +21,7 @@ from simpletuner.config.script import SCRIPTS
 from simpletuner.config.situation import Situation, error_about
 from simpletuner.config.sources import NOT_GIVEN, Layer, parse_value
 from simpletuner.config.train_config import TrainConfig, option_fields
+from simpletuner.config.webhook import read_webhooks
 from simpletuner.errors import Level, Problem, UserError, errors_of, warnings_of
 from simpletuner.families.registry import family_names, load_spec
 from simpletuner.families.spec import FamilySpec
@@ -104,6 +105,7 @@ def resolve(
     _parse_all(found, layers, found.spec.layer_values(flavour))
     values = _expand(found)
     _settle_lycoris(found, values, layers, directories)
+    _settle_webhooks(found, values, directories)
     broken = {problem.option for problem in found.errors if problem.code in _OF_ONE_VALUE and problem.option}
     entries = DatasetEntries()
     if read_datasets:
@@ -294,6 +296,15 @@ def _settle_lycoris(
         return
     if source is not None:
         values["lycoris_config"], found.lycoris_file = source.config, source.file
+
+
+def _settle_webhooks(found: Resolution, values: dict[str, Any], directories: Directories) -> None:
+    """Endpoints are frozen by content. One with a variable that is not set is not judged."""
+    value = values.get("webhook_config")
+    if value is not None and not any(problem.option == "webhook_config" for problem in found.errors):
+        endpoints, problems = read_webhooks(value, directories)
+        found.problems += problems
+        values["webhook_config"] = [endpoint.model_dump(mode="json") for endpoint in endpoints]
 
 
 def _read_datasets(

@@ -113,6 +113,12 @@ def _trackers(at: Situation) -> Iterator[Problem]:
             yield error_about("bad_choice", "report_to", f"There is no tracker {name!r}.", hint)
 
 
+def _webhooks(at: Situation) -> Iterator[Problem]:
+    if at.given("webhook_reporting_interval") and not at.values["webhook_config"]:
+        message = "--webhook_reporting_interval has no effect: there is no --webhook_config."
+        yield warning_about("option_no_effect", "webhook_reporting_interval", message)
+
+
 def _optimizer(at: Situation) -> Iterator[Problem]:
     name = at.values["optimizer"]
     if name in OPTIMIZERS:
@@ -350,6 +356,7 @@ _RULES: tuple[tuple[Callable[[Situation], Iterator[Problem]], tuple[str, ...]], 
     (reference_rule, ("i_know_what_i_am_doing", "model_flavour", "datasets")),
     (_optimizer, ("optimizer",)),
     (_trackers, ("report_to",)),
+    (_webhooks, ("webhook_config",)),
     (_wrong_family, ("clip_skip", "prediction_type", "report_to")),
     (_dependent, tuple({switch for switch, _ in _ACTS_WITH.values()})),
     (_alignment, ("aspect_bucket_alignment", "model_flavour")),

@@ -73,6 +73,11 @@ class TrainConfig(BaseModel):
             flat |= getattr(self, name).model_dump(mode="json")
         return flat
 
+    def without_secrets(self) -> dict[str, Any]:
+        """Flat, for whoever is told of a run, such as a tracker."""
+        secret = {option.name for option in option_fields().values() if option.ui.secret}
+        return {name: value for name, value in self.to_flat().items() if name not in secret}
+
     @property
     def image_datasets(self) -> list[ImageDataset]:
         return [entry for entry in self.datasets if isinstance(entry, ImageDataset) and not entry.disabled]

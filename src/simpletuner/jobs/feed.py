@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 
 from simpletuner.store.event_filter import EventFilter
-from simpletuner.store.events import StoredEvent
+from simpletuner.store.event_row import StoredEvent
 
 QUEUE_EVENTS = 1000
 QUEUE_BYTES = 32 * 2**20

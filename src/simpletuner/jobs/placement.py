@@ -103,6 +103,7 @@ class Placement:
             if folder.is_dir() and folder.name not in known and not JobDir(folder).is_locked()
         ]
         for folder in strays:
+            self._store.webhooks.forget(folder.name)
             shutil.rmtree(folder)
         return [folder.name for folder in strays]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from simpletuner.config.webhook import frozen_endpoints
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.job import JobDir, JobSpec, new_job_id
 from simpletuner.jobs.placement import Placement
@@ -49,9 +50,9 @@ class Submitted:
 def submit(
     submission: Submission, *, store: Store, supervisor: Supervisor, before_accept: Callable[[], None] | None = None
 ) -> Submitted:
-    """Accept `submission`; in this order: its folder, `before_accept` (the environment's file), its row.
+    """Accept `submission`; in this order: its folder, its webhooks, `before_accept` (the environment's file), its row.
 
-    A crash in between leaves a folder without a row, which the next server removes. Raises UserError
+    A crash in between leaves a folder without a row, which the next server removes with the webhooks. Raises UserError
     `gpus_unavailable`, with nothing written, when it can never run here or must not wait and would.
     """
     new = _new_job(submission)
@@ -59,10 +60,12 @@ def submit(
         _check_places(submission, new, placement)
         folder = _freeze(submission, placement)
         try:
+            store.webhooks.register(new.job_id, *frozen_endpoints(submission.config))
             if before_accept is not None:
                 before_accept()
             store.jobs.insert(new, claim=submission.claim)
         except BaseException:
+            store.webhooks.forget(new.job_id)
             shutil.rmtree(folder.root)
             raise
         placement.place()

@@ -15,7 +15,7 @@ from simpletuner.jobs.executor import Executor
 from simpletuner.jobs.feed import Feed
 from simpletuner.jobs.placement import Placement
 from simpletuner.jobs.watch import Watch, end_command
-from simpletuner.store.events import StoredEvent
+from simpletuner.store.event_row import StoredEvent
 from simpletuner.store.job_row import JobRow, Move
 from simpletuner.store.store import Store
 

@@ -12,7 +12,7 @@ from simpletuner.events import EventType
 from simpletuner.job import Command, CommandName, ExitRecord, JobDir, JobStatus
 from simpletuner.jobs.executor import Executor
 from simpletuner.jobs.outcome import judge
-from simpletuner.store.events import StoredEvent
+from simpletuner.store.event_row import StoredEvent
 from simpletuner.store.job_row import JobRow, Move
 from simpletuner.store.store import Store
 

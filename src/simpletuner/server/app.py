@@ -26,6 +26,8 @@ from simpletuner.server.routes import (
     system,
     training,
     training_control,
+    webhook_files,
+    webhooks,
 )
 from simpletuner.server.security import Security
 from simpletuner.server.settings import ServerSettings
@@ -46,12 +48,16 @@ def create_app(
         built = core or await asyncio.to_thread(Core.build, settings, os.environ)
         app.state.core = built
         supervising = asyncio.create_task(built.supervisor.run())
+        for courier in built.couriers:
+            courier.start()
         try:
             yield
         finally:
             built.feed.close()
             built.supervisor.close()
             await supervising
+            for courier in built.couriers:
+                await asyncio.to_thread(courier.close)
             if core is None:
                 built.close()
 
@@ -91,7 +97,9 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(system.router)
     app.include_router(training.router)
     app.include_router(training_control.router)
+    app.include_router(webhooks.router)
     # Before `/{name}`: these are words that no environment can be called.
+    app.include_router(webhook_files.router)
     app.include_router(environments.router)
     app.include_router(configs.router)
     for router in (jobs.router, logs.router):

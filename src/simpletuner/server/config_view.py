@@ -7,11 +7,10 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 
+from simpletuner.config.webhook import MASK, OPTION, mask_webhooks, unmask_webhooks
 from simpletuner.server.asking import known_options
 from simpletuner.server.core import Core
 from simpletuner.store.job_row import JobRow
-
-MASK = "***"
 
 
 class JobConfig(BaseModel):
@@ -33,7 +32,8 @@ def show_config(core: Core, job: JobRow) -> JobConfig:
     }
     secret = secret_names(values.get("model_family"))
     for name in secret & provenance.keys():
-        provenance[name] = {"layer": provenance[name].get("layer"), "value": MASK, "hidden": []}
+        shown = _masked(name, provenance[name].get("value"))
+        provenance[name] = {"layer": provenance[name].get("layer"), "value": shown, "hidden": []}
     return JobConfig(
         config=mask({f"--{name}": value for name, value in values.items()}, secret),
         datasets=folder.read_datasets(),
@@ -47,18 +47,30 @@ def secret_names(family: object) -> set[str]:
 
 def mask(config: Mapping[str, Any], secret: set[str]) -> dict[str, Any]:
     """`config` by dashed name."""
-    return {name: MASK if value and name.removeprefix("--") in secret else value for name, value in config.items()}
+    return {
+        name: _masked(bare, value) if (bare := name.removeprefix("--")) in secret else value
+        for name, value in config.items()
+    }
 
 
 def unmask(config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
     """A masked value that comes back keeps what is stored."""
-    return {name: stored[name] if value == MASK and name in stored else value for name, value in config.items()}
+    kept = {name: stored[name] if value == MASK and name in stored else value for name, value in config.items()}
+    option = f"--{OPTION}"
+    if option in kept and option in stored:
+        kept[option] = unmask_webhooks(kept[option], stored[option])
+    return kept
 
 
 def dashed(config: Mapping[str, Any]) -> dict[str, Any]:
     """One spelling for each option; where both were written, the dashed one's value."""
     named = {name if name.startswith(("--", "__")) else f"--{name}": value for name, value in config.items()}
     return named | {name: value for name, value in config.items() if name.startswith("--")}
+
+
+def _masked(name: str, value: Any) -> Any:
+    """Of webhooks only the secrets inside are hidden: people want to see where events go."""
+    return mask_webhooks(value) if name == OPTION else MASK if value else value
 
 
 def _has_placeholder(origin: Mapping[str, Any] | None) -> bool:

@@ -18,8 +18,12 @@ from simpletuner.job import write_atomic
 from simpletuner.jobs.devices import read_inventory
 from simpletuner.jobs.executor import LocalExecutor
 from simpletuner.jobs.feed import Feed
+from simpletuner.jobs.foreground import ForegroundOutbox
 from simpletuner.jobs.placement import Placement
 from simpletuner.jobs.supervisor import Supervisor
+from simpletuner.jobs.webhook_post import Poster
+from simpletuner.jobs.webhook_target import TargetRules
+from simpletuner.jobs.webhooks import Courier
 from simpletuner.server.security import Identity
 from simpletuner.server.settings import ServerSettings
 from simpletuner.server.stages import StageBoard
@@ -40,6 +44,9 @@ class Core:
     stages: StageBoard
     environments: Environments
     directories: Directories
+    poster: Poster
+    foreground: ForegroundOutbox
+    couriers: tuple[Courier, ...]
     started_at: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -58,6 +65,10 @@ class Core:
         placement.remove_strays()
         feed = Feed()
         supervisor = Supervisor(store, executor, placement, feed)
+        rules = TargetRules(allow_private=settings.webhook_allow_private, own_port=settings.port)
+        poster = Poster(rules)
+        foreground = ForegroundOutbox.open(settings.foreground_root)
+        couriers = (Courier(store.webhooks, poster, settings.jobs_root), foreground.abandoned_courier(poster))
         return cls(
             settings=settings,
             store=store,
@@ -67,6 +78,9 @@ class Core:
             stages=StageBoard(store.events),
             environments=Environments(settings.config_dir),
             directories=Directories(settings.workspace, settings.config_dir),
+            poster=poster,
+            foreground=foreground,
+            couriers=couriers,
         )
 
     def job(self, job_id: str) -> JobRow:
@@ -94,6 +108,7 @@ class Core:
         self.supervisor.wake()
 
     def close(self) -> None:
+        self.foreground.close()
         self.store.close()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from simpletuner.config.sources import parse_boolean
 from simpletuner.errors import UserError
 
 DEFAULT_HOST = "0.0.0.0"
@@ -31,6 +32,7 @@ class ServerSettings:
     open_loopback: bool = True
     public_docs: bool = False
     stop_grace_s: float = DEFAULT_STOP_GRACE_S
+    webhook_allow_private: bool = True
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
 
@@ -58,6 +60,7 @@ class ServerSettings:
             open_loopback=not flags.get("no_open_loopback"),
             public_docs=bool(flags.get("public_docs")),
             stop_grace_s=float(source.number("stop_grace_s", int(DEFAULT_STOP_GRACE_S))),
+            webhook_allow_private=source.switch("webhook_allow_private", default=True),
             ssl_certfile=cwd / certfile if certfile else None,
             ssl_keyfile=cwd / keyfile if keyfile else None,
         )
@@ -65,6 +68,11 @@ class ServerSettings:
     @property
     def jobs_root(self) -> Path:
         return self.state_dir / "jobs"
+
+    @property
+    def foreground_root(self) -> Path:
+        """Jobs of `simpletuner train`."""
+        return self.state_dir / "foreground"
 
     @property
     def url(self) -> str:
@@ -89,6 +97,13 @@ class _Source:
         except ValueError as error:
             message = f"{name} must be a whole number, not {text!r}."
             raise UserError("invalid_config", message, hint=f"For example --{name} {default}.") from error
+
+    def switch(self, name: str, *, default: bool) -> bool:
+        text = self.text(name)
+        value = default if text is None else parse_boolean(text)
+        if value is None:
+            raise UserError("invalid_config", f"{name} is on or off, not {text!r}.", hint="Write true or false.")
+        return value
 
     def names(self, name: str) -> tuple[str, ...]:
         return tuple(part.strip().lower() for part in (self.text(name) or "").split(",") if part.strip())

@@ -12,11 +12,11 @@ from fastapi.responses import StreamingResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from simpletuner.errors import UserError
+from simpletuner.jobs.event_view import EventView
 from simpletuner.jobs.feed import Subscription
 from simpletuner.server.core import Core
-from simpletuner.server.event_view import EventView
 from simpletuner.store.event_filter import EventFilter
-from simpletuner.store.events import StoredEvent
+from simpletuner.store.event_row import StoredEvent
 
 HEARTBEAT_S = 15.0
 SSE_RETRY_MS = 3000

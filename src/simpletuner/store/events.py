@@ -15,24 +15,11 @@ from sqlalchemy.exc import IntegrityError
 from simpletuner.events import EventType, read_journal
 from simpletuner.store.database import Database
 from simpletuner.store.event_filter import EventFilter
+from simpletuner.store.event_row import StoredEvent
+from simpletuner.store.fan_out import fan_out
 from simpletuner.store.schema import events, journals
 
 TAIL_BATCH = 2000
-
-
-@dataclass(frozen=True, slots=True)
-class StoredEvent:
-    """`body` is the author's JSON; `index` and `id` were given here."""
-
-    index: int
-    id: str
-    job_id: str | None
-    type: str
-    body: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """The event as api.md §3 shows it; media are still references."""
-        return {"index": self.index, "schema": 1, "id": self.id, **json.loads(self.body)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +168,9 @@ def _insert(connection: Connection, rows: list[dict[str, Any]]) -> list[StoredEv
     inserted = connection.execute(select(events).where(events.c.index > start).order_by(events.c.index)).all()
     if len(inserted) != len(rows):
         raise IntegrityError("another writer stored events in this transaction", None, ValueError(start))
-    return [_stored(row) for row in inserted]
+    stored = [_stored(row) for row in inserted]
+    fan_out(connection, stored)
+    return stored
 
 
 def _stored(row: Row[Any]) -> StoredEvent:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, Boolean, Column, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
+from sqlalchemy import JSON, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
 
 state_metadata = MetaData()
 events_metadata = MetaData()
@@ -94,4 +94,34 @@ journals = Table(
     Column("job_id", String(64), primary_key=True),
     Column("offset", Integer, nullable=False),  # bytes of the journal that are in `events`
     Column("seq", Integer, nullable=False),  # events read so far
+)
+
+webhooks = Table(
+    "webhooks",
+    events_metadata,
+    Column("id", Integer, primary_key=True),
+    Column("job_id", String(64), nullable=False, index=True),
+    Column("endpoint", JSON, nullable=False),  # whole, with its secrets: the state directory is its owner's alone
+    Column("interval_s", Float, nullable=False),  # least time between two `training.progress`
+    Column("progress_at", String(32)),  # timestamp of the last one that was queued
+    Column("held_index", Integer),  # the last one that was held back since
+)
+
+deliveries = Table(
+    "deliveries",
+    events_metadata,
+    Column("number", Integer, primary_key=True),  # order of delivery to an endpoint
+    Column("id", String(16), nullable=False, unique=True),
+    Column("webhook_id", Integer, nullable=False),
+    Column("job_id", String(64), nullable=False),
+    Column("event_index", Integer, nullable=False),
+    Column("status", String(12), nullable=False),  # pending, delivered, dead
+    Column("attempts", Integer, nullable=False),
+    Column("created_s", Float, nullable=False),  # Unix time, as the next one
+    Column("next_s", Float, nullable=False),
+    Column("last_status", Integer),
+    Column("last_error", Text),
+    Index("ix_deliveries_queue", "status", "webhook_id", "number"),
+    Index("ix_deliveries_job", "job_id", "number"),
+    sqlite_autoincrement=True,
 )

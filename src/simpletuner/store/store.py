@@ -10,6 +10,7 @@ from simpletuner.store.events import EventStore
 from simpletuner.store.jobs import JobStore
 from simpletuner.store.outbox import Outbox
 from simpletuner.store.settings import SettingStore
+from simpletuner.store.webhooks import WebhookStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class Store:
     outbox: Outbox
     settings: SettingStore
     events: EventStore
+    webhooks: WebhookStore
 
     @classmethod
     def open(cls, state_dir: Path, *, database_url: str | None = None) -> Store:
@@ -31,6 +33,7 @@ class Store:
             outbox=Outbox(database),
             settings=SettingStore(database),
             events=EventStore(events),
+            webhooks=WebhookStore(events),
         )
 
     def close(self) -> None:

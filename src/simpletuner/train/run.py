@@ -158,7 +158,7 @@ class _Builder:
             update = self._build_update(denoiser, total)
             file = self._output_dir / "training_metrics.jsonl"
             keep_metrics_until(file, point.state.step if point else 0)
-            trackers = Trackers(config.publishing, self._output_dir, config.to_flat(), reporter)
+            trackers = Trackers(config.publishing, self._output_dir, config.without_secrets(), reporter)
             metrics = Metrics(reporter.emit, file, total, self._device, trackers.log, trained.adapter_name)
             saver = CheckpointSaver(self._output_dir, config.checkpoint.checkpoints_total_limit, facts, reporter, point)
             inspection = self._build_inspection(trained, update, saver, metrics, total)

@@ -9,9 +9,10 @@ from fastapi import APIRouter, Header, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 import simpletuner.examples
-from simpletuner.config.environments import Environments
+from simpletuner.config.environments import Environments, etag_of
 from simpletuner.config.export import json_schema
 from simpletuner.config.sources import layer_from_mapping
+from simpletuner.config.webhook_files import WebhookFiles
 from simpletuner.errors import UserError
 from simpletuner.server.asking import ask, known_options, typed_values
 from simpletuner.server.config_view import dashed, mask, secret_names, unmask
@@ -108,9 +109,10 @@ def list_configs(
     root = core.environments.root
     names = [name for name in core.environments.names() if file is None or (root / name / file).exists()]
     if config_type == "webhook":
-        names = []
+        names = WebhookFiles(root).names()
     response.headers["X-Total-Count"] = str(len(names))
-    shown = [show(core, name) for name in names[offset : offset + limit]]
+    show_one = show_webhook_file if config_type == "webhook" else show
+    shown = [show_one(core, name) for name in names[offset : offset + limit]]
     return ConfigList(configs=shown, active=core.active_environment(), count=len(names), config_type=config_type)
 
 
@@ -245,13 +247,19 @@ def validate_environment(core: CoreDep, name: str) -> ValidateAnswer:
         valid=not resolution.errors,
         errors=show_problems(resolution.errors),
         warnings=show_problems(resolution.warnings),
-        resolved_config=resolution.dashed_values(),
+        resolved_config=mask(resolution.dashed_values(), secret_names(resolution.values.get("model_family"))),
         provenance=resolution.provenance(),
     )
 
 
 def show(core: Core, name: str) -> Meta:
     return show_environment(core.environments, name, relative_to=core.settings.workspace)
+
+
+def show_webhook_file(core: Core, name: str) -> Meta:
+    file = WebhookFiles(core.environments.root).folder / f"{name}.json"
+    place = file.relative_to(core.settings.workspace) if file.is_relative_to(core.settings.workspace) else file
+    return Meta(name=name, path=str(place), etag=etag_of(file.read_bytes()))
 
 
 def read_masked(core: Core, name: str) -> tuple[dict[str, Any], str]:

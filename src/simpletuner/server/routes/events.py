@@ -11,9 +11,9 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from simpletuner.errors import UserError
+from simpletuner.jobs.event_view import EventView, Images
 from simpletuner.server.core import Core, CoreDep
 from simpletuner.server.errors import error_responses
-from simpletuner.server.event_view import EventView, Images
 from simpletuner.server.streams import check_room, serve_socket, sse_answer
 from simpletuner.store.event_filter import EventFilter
 

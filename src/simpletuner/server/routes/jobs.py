@@ -13,12 +13,12 @@ from pydantic import BaseModel
 from simpletuner.errors import UserError
 from simpletuner.events import EventType
 from simpletuner.job import JobStatus
+from simpletuner.jobs.event_view import Images, artifact_url, find_artifact, media_of
 from simpletuner.server import control
 from simpletuner.server.config_view import JobConfig, show_config
 from simpletuner.server.control import ControlAnswer, RequestAnswer
 from simpletuner.server.core import Core, CoreDep
 from simpletuner.server.errors import error_responses
-from simpletuner.server.event_view import Images, artifact_url, find_artifact, media_of
 from simpletuner.server.job_view import JobView, show_jobs
 from simpletuner.server.routes.events import EventPage, read_page
 from simpletuner.store.event_filter import EventFilter

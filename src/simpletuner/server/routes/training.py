@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from simpletuner.errors import Problem, UserError
 from simpletuner.server.asking import ask, known_options, typed_values
+from simpletuner.server.config_view import mask, secret_names
 from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.errors import ErrorItem, error_responses, request_id_of
 from simpletuner.server.idempotency import REPLAYED_HEADER, IdempotencyKey, build_claim, find_answer
@@ -90,7 +91,7 @@ def validate_config(
         valid=not errors,
         errors=show_problems(errors),
         warnings=show_problems(warnings),
-        resolved_config=resolution.dashed_values(),
+        resolved_config=mask(resolution.dashed_values(), secret_names(resolution.values.get("model_family"))),
         provenance=resolution.provenance(),
     ).model_dump()
     if errors:

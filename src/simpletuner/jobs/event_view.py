@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from simpletuner.store.events import StoredEvent
+from simpletuner.store.event_row import StoredEvent
 
 Images = Literal["inline", "url"]
 
