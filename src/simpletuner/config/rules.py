@@ -179,6 +179,7 @@ _ACTS_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "lr_end": ("lr_scheduler", ("linear", "cosine", "sine", "cosine_with_restarts", "polynomial")),
     "lr_num_cycles": ("lr_scheduler", ("sine", "cosine_with_restarts")),
     "lr_power": ("lr_scheduler", ("polynomial",)),
+    "validation_preview_steps": ("validation_preview", (True,)),
     "validation_image_quality": ("validation_image_format", ("webp", "jpeg")),
 }
 """Option → another option and the values of it with which the first one acts."""

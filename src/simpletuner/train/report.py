@@ -138,10 +138,10 @@ class Reporter:
             Event(type=EventType.TRAINING_HOOK, severity=severity, title="Program ended", message=message, data=data)
         )
 
-    def image(self, data: ValidationImageData, file: Path, mime_type: str) -> None:
-        """Keep a copy of `file` among the job's artifacts and refer to it."""
-        artifact_id = f"{data.validation_type}-{data.global_step}-{file.name}"
-        (self._artifacts / artifact_id).write_bytes(file.read_bytes())
+    def image(self, data: ValidationImageData, name: str, content: bytes, mime_type: str) -> None:
+        """Keep an image file among the job's artifacts and refer to it."""
+        artifact_id = f"{data.validation_type}-{data.global_step}-{name}"
+        (self._artifacts / artifact_id).write_bytes(content)
         width, height = data.resolution
         media = Media(artifact_id=artifact_id, mime_type=mime_type, width=width, height=height)
         self.emit(
