@@ -46,7 +46,7 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(given.nano / "vae", torch_dtype=torch.float32).eval()
     latents, wanted = encode(vae, pictures)
     tiny = AutoencoderTiny(
-        encoder_block_out_channels=(4, 4, 4, 4), decoder_block_out_channels=(24, 24, 24, 24),
+        encoder_block_out_channels=(4, 4, 4, 4), decoder_block_out_channels=(12, 12, 12, 12),
         num_encoder_blocks=(1, 1, 1, 1), num_decoder_blocks=(1, 1, 1, 1), latent_channels=latents.shape[1],
     )  # fmt: skip
     held = torch.arange(len(latents)) % 20 == 0
