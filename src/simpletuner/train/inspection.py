@@ -15,6 +15,7 @@ from simpletuner.train.external_validation import ExternalValidation
 from simpletuner.train.heldout import HeldOut
 from simpletuner.train.hooks import AFTER_CHECKPOINT, Hooks
 from simpletuner.train.metrics import Metrics
+from simpletuner.train.publish import Publisher
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import Requests
 from simpletuner.train.state import TrainState
@@ -34,6 +35,7 @@ class Inspection:
     held_out: list[HeldOut]
     saver: CheckpointSaver
     hooks: Hooks
+    publisher: Publisher
     external: ExternalValidation
     metrics: Metrics
     reporter: Reporter
@@ -51,11 +53,13 @@ class Inspection:
         """Metrics are read first: weights that a non-finite number ended with are never saved."""
         self.metrics.drain()
         is_final = self.due.end(state)
-        in_use = self.hooks.checkpoints_in_use()
+        in_use = self.hooks.checkpoints_in_use() | self.publisher.checkpoints_in_use()
         if self.saver.save(
             self.trained, self.update, state, is_final=is_final, request_ids=requests.checkpoint, in_use=in_use
         ):
+            assert self.saver.latest is not None
             self.hooks.start(AFTER_CHECKPOINT, state.step, self.saver.latest)
+            self.publisher.checkpoint(state.step, self.saver.latest)
 
     def validate(self, state: TrainState, requests: Requests) -> None:
         self.metrics.drain()
@@ -106,6 +110,15 @@ class Inspection:
             draw = self.family.validation_pipeline(saved, self.device)
             drawing = Drawing(step=step, cause="end", fingerprint=fingerprint)
             self.validation.run(draw, saved, drawing, [Weights("")])
+
+    def finish(self) -> None:
+        """Uploads first: what follows one is a program of the user's."""
+        self.publisher.finish()
+        self.hooks.finish()
+
+    def close(self) -> None:
+        self.publisher.close()
+        self.hooks.close()
 
     def _images(self, step: int, cause: str, request_ids: tuple[str, ...]) -> None:
         if self.external.is_used:

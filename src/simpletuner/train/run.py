@@ -44,7 +44,9 @@ from simpletuner.train.inspection import Inspection
 from simpletuner.train.loop import Outcome, Run, train
 from simpletuner.train.memory import MemoryPlan
 from simpletuner.train.metrics import Metrics, keep_metrics_until, peak_memory_bytes
+from simpletuner.train.model_card import ModelCard
 from simpletuner.train.optim import build_optimizers
+from simpletuner.train.publish import Publisher
 from simpletuner.train.references import Reference
 from simpletuner.train.rehearsal import plan_memory
 from simpletuner.train.report import Reporter
@@ -72,7 +74,7 @@ class Built:
     """When the caches were full, on the monotonic clock."""
 
     def close(self) -> None:
-        self.inspection.hooks.close()
+        self.inspection.close()
         self.loader.close()
         self.metrics.close()
         self.trackers.close()
@@ -85,7 +87,7 @@ def execute(job: JobDir, reporter: Reporter, requests: RequestReader) -> ExitCod
         outcome = _loop(built, reporter)
         if outcome == "completed":
             _finish(built, reporter, Path(job.read_spec().output_dir))
-        built.inspection.hooks.finish()
+        built.inspection.finish()
     finally:
         built.close()
     _say_end(built, reporter, outcome)
@@ -113,7 +115,7 @@ def build_run(job: JobDir, reporter: Reporter, requests: RequestReader) -> Built
     memory = plan_memory(config, family_spec, manifests, device)
     reporter.predicted_bytes = memory.predicted_bytes()
     inputs = preparation.encode(manifests, texts, memory)
-    return _Builder(config, family, inputs, output_dir, reporter, requests, device, memory).build()
+    return _Builder(job, config, family, inputs, output_dir, reporter, requests, device, memory).build()
 
 
 class _Builder:
@@ -121,6 +123,7 @@ class _Builder:
 
     def __init__(
         self,
+        job: JobDir,
         config: TrainConfig,
         family: Family,
         inputs: Inputs,
@@ -130,6 +133,7 @@ class _Builder:
         device: torch.device,
         memory: MemoryPlan,
     ) -> None:
+        self._job = job
         self._config = config
         self._memory = memory
         self._family = family
@@ -217,6 +221,7 @@ class _Builder:
     ) -> Inspection:
         config = self._config
         hooks = Hooks(config, self._reporter, self._requests.asked_to_end)
+        card = ModelCard(config, self._family.spec, trained.adapter_name)
         references = self._references()
         own = len(self._inputs.library)
         pictures = plan_pictures(config, plan_prompts(config.validation), len(references) - own)
@@ -231,6 +236,7 @@ class _Builder:
             held_out=[] if config.validation.eval_loss_disable else self._build_held_out(),
             saver=saver,
             hooks=hooks,
+            publisher=Publisher(self._job, config, card, hooks, self._reporter, self._requests.asked_to_end),
             external=ExternalValidation(config.validation, hooks, self._reporter),
             metrics=metrics,
             reporter=self._reporter,
@@ -345,8 +351,8 @@ def _finish(built: Built, reporter: Reporter, output_dir: Path) -> None:
     pipeline = inspection.export()
     inspection.measure(state.step)
     inspection.final_validation(state.step, pipeline)
-    reporter.skip_stage("publish", "Publishing")
-    inspection.hooks.finish()
+    inspection.publisher.publish(state.step, pipeline)
+    inspection.finish()
     with reporter.stage("training_complete", "Done"):
         pass
     summary = SummaryData(
