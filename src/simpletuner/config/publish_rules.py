@@ -33,7 +33,9 @@ def tracker_rule(at: Situation) -> Iterator[Problem]:
             yield warning_about("tracker_unavailable", "report_to", message, f"pip install {name}")
         elif name == "wandb" and not _has_wandb_login():
             message = "wandb has no login here: the run goes on without it."
-            yield warning_about("tracker_unavailable", "report_to", message, "Set WANDB_API_KEY, or WANDB_MODE=offline.")
+            yield warning_about(
+                "tracker_unavailable", "report_to", message, "Set WANDB_API_KEY, or WANDB_MODE=offline."
+            )
     for option in TRACKER_OPTIONS:
         if at.given(option) and not names and not _in_a_script(at, option):
             yield _idle(option, "there is no tracker (--report_to none)")

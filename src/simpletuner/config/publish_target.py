@@ -100,7 +100,9 @@ def read_targets(value: Any, directories: Directories, *, prefix: str) -> tuple[
         except UserError as error:
             return [], [_problem(error.message, error.hint, pointer, code=error.code)]
         hint = "Set it before the job is started."
-        problems += [_problem(f"The variable {name} is not set.", hint, pointer, code="env_not_set") for name in missing]
+        problems += [
+            _problem(f"The variable {name} is not set.", hint, pointer, code="env_not_set") for name in missing
+        ]
     for number, row in enumerate(cast(list[Any], value) if isinstance(value, list) else [value]):
         place = f"{pointer}/{number}" if isinstance(value, list) else pointer
         target = _parse(row, place, prefix)
@@ -123,13 +125,13 @@ def _parse(row: Any, place: str, prefix: str) -> Target | list[Problem]:
     if not isinstance(row, dict):
         return [_problem("A place to publish to is an object.", _HINT, place)]
     values = cast(dict[str, Any], row)
-    provider = values.get("provider")
+    provider = str(values.get("provider"))
     known = ", ".join(PROVIDERS)
     if provider in PROVIDERS_LATER:
         message = f"Publishing to {provider} is not supported yet."
         return [_problem(message, f"Use one of {known}.", f"{place}/provider", code="option_not_supported_yet")]
     if provider not in _MODELS:
-        near = get_close_matches(str(provider), PROVIDERS, n=1)
+        near = get_close_matches(provider, PROVIDERS, n=1)
         guess = f"Did you mean {near[0]!r}? " if near else ""
         message = f"There is no provider {provider!r}." if "provider" in values else "provider is missing."
         return [_problem(message, f"{guess}Known: {known}.", f"{place}/provider")]

@@ -164,6 +164,7 @@ _ACTS_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "lr_end": ("lr_scheduler", ("linear", "cosine", "sine", "cosine_with_restarts", "polynomial")),
     "lr_num_cycles": ("lr_scheduler", ("sine", "cosine_with_restarts")),
     "lr_power": ("lr_scheduler", ("polynomial",)),
+    "validation_preview_steps": ("validation_preview", (True,)),
     "validation_image_quality": ("validation_image_format", ("webp", "jpeg")),
 }
 """Option → another option and the values of it with which the first one acts."""
@@ -341,7 +342,8 @@ _RULES: tuple[tuple[Callable[[Situation], Iterator[Problem]], tuple[str, ...]], 
     (reference_rule, ("i_know_what_i_am_doing", "model_flavour", "datasets")),
     (_optimizer, ("optimizer",)),
     (tracker_rule, ("report_to", *SCRIPTS)),
-    (publish_rule, ("push_to_hub", "push_checkpoints_to_hub", "hub_model_id", "publishing_config", "model_type", *SCRIPTS)),
+    (publish_rule, ("push_to_hub", "push_checkpoints_to_hub", "hub_model_id", "publishing_config",
+                    "model_type", *SCRIPTS)),
     (_webhooks, ("webhook_config",)),
     (_wrong_family, ("clip_skip", "prediction_type")),
     (_dependent, tuple({switch for switch, _ in _ACTS_WITH.values()})),

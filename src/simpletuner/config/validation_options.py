@@ -65,10 +65,10 @@ class ValidationOptions(OptionGroup):
     validation_image_quality: Annotated[int, Field(ge=1, le=100), Ui(tab="validation", order=17)] = 90
     """Quality of `webp` and `jpeg`."""
 
-    validation_preview: Annotated[bool, Ui(tab="validation", order=20, later=True)] = False
+    validation_preview: Annotated[bool, Ui(tab="validation", order=20)] = False
     """Show images while they are sampled."""
 
-    validation_preview_steps: Annotated[PositiveInt, Ui(tab="validation", order=21, later=True)] = 1
+    validation_preview_steps: Annotated[PositiveInt, Ui(tab="validation", order=21)] = 1
     """Sampler steps between two previews."""
 
     validation_method: Annotated[

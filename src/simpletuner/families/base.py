@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.loader import Batch
 from simpletuner.families.spec import FamilySpec
+from simpletuner.families.watching import Watch
 
 DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -55,6 +56,8 @@ class ImageRequest:
     seed: int
     references: tuple[Tensor, ...] = ()
     """Latents C×H×W of the pictures that an edit starts from."""
+    watch: Watch | None = None
+    """Who looks on while it is sampled; latents come as 1×C×H×W."""
 
 
 Draw = Callable[[ImageRequest], Image.Image]

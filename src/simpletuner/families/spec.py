@@ -31,6 +31,8 @@ class Flavour:
     """Pixels that both sides of a training target are multiples of."""
     tokens: int | None = None
     """Text tokens, where they are not the family's."""
+    preview_decoder: str | None = None
+    """Tiny autoencoder of its latents, where it is not the family's."""
     edits_references: bool = False
     """Whether every sample must come with a reference picture."""
     reference_sizes: tuple[tuple[int, int], ...] = ()
@@ -69,6 +71,8 @@ class FamilySpec:
     latent: LatentGeometry
     text: tuple[TextSlot, ...]
     supports: frozenset[Capability]
+    preview_decoder: str
+    """Hub id of the tiny autoencoder that images are shown with while they are sampled."""
     implementation: str
     """`module:Class` of the training half; imported by the trainer only."""
     values: Mapping[str, Any] = field(default_factory=dict[str, Any])

@@ -85,6 +85,11 @@ class Inputs:
         """Of the first `n` kept samples of an image or eval dataset, then of the prompt library."""
         return sample_references(self.latents[dataset_id], n) + self.library
 
+    def some_latents(self, n: int) -> list[Tensor]:
+        """C×H×W, of the first pictures that are trained on."""
+        source = self.latents[self.config.image_datasets[0].id]
+        return source.read(source.manifest.kept.tolist()[:n])
+
     def held_out_batches(self, dataset_id: str, reader: BatchReader, size: int) -> list[Batch]:
         """Every kept sample of a dataset once, in a fixed order."""
         batches: list[Batch] = []

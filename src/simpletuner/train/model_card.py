@@ -16,7 +16,7 @@ from simpletuner.families.spec import FamilySpec, Flavour
 
 CARD = "README.md"
 IMAGES = "model_card_images"
-_LICENCES = {"Apache-2.0": "apache-2.0", "OpenRAIL++-M": "openrail++", "MIT": "mit"}
+_LICENCES = {"Apache-2.0": "apache-2.0", "CreativeML Open RAIL++-M": "openrail++", "MIT": "mit"}
 """Their names at the hub; any other is `other` there."""
 
 
@@ -27,29 +27,26 @@ class ModelCard:
         self._config = config
         self._spec = spec
         self._adapter = adapter
-        self._images: list[tuple[ValidationImageData, Path]] = []
+        self._images: dict[str, tuple[ValidationImageData, bytes]] = {}
 
     def metric(self, step: int, name: str, value: float) -> None:
         """Of no interest here."""
 
-    def image(self, data: ValidationImageData, file: Path) -> None:
-        if data.validation_type != "final":
-            return
-        self._images = [row for row in self._images if row[0].global_step == data.global_step and row[1] != file]
-        self._images.append((data, file))
+    def image(self, data: ValidationImageData, name: str, content: bytes) -> None:
+        if data.validation_type == "final":
+            newest = {key: row for key, row in self._images.items() if row[0].global_step == data.global_step}
+            self._images = newest | {name: (data, content)}
 
     def write(self, folder: Path, title: str, step: int) -> list[Path]:
-        """The card and its images, which are copied beside it."""
+        """The card, and its images beside it."""
         place = folder / IMAGES
         shutil.rmtree(place, ignore_errors=True)
-        shown = [(data, place / file.name, file) for data, file in self._images if file.exists()]
-        if shown:
-            place.mkdir()
-        for _, copy, file in shown:
-            shutil.copyfile(file, copy)
-        pictures = [(data.prompt, f"{IMAGES}/{copy.name}") for data, copy, _ in shown]
+        place.mkdir()
+        for name, (_, content) in self._images.items():
+            (place / name).write_bytes(content)
+        pictures = [(data.prompt, f"{IMAGES}/{name}") for name, (data, _) in self._images.items()]
         (folder / CARD).write_text(self.text(title, step, pictures), encoding="utf-8")
-        return [folder / CARD, *(copy for _, copy, _ in shown)]
+        return [folder / CARD, *(place / name for name in self._images)]
 
     def text(self, title: str, step: int, pictures: list[tuple[str, str]]) -> str:
         """`pictures`: prompt and path of each."""

@@ -106,7 +106,9 @@ class Publisher:
         """At the end of an upload, in the thread that waited for it."""
         said = _last_line(ended.output_tail)
         status = "failed" if ended.status == "timed_out" else ended.status
-        reason = None if status == "completed" else said.get("reason") or f"The upload {ended.status.replace('_', ' ')}."
+        reason = (
+            None if status == "completed" else said.get("reason") or f"The upload {ended.status.replace('_', ' ')}."
+        )
         counted = {name: said[name] for name in ("num_files", "bytes") if status == "completed"}
         data = UploadData(
             provider=target.provider, status=status, seconds=ended.seconds, reason=reason, **counted, **facts

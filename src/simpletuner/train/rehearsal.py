@@ -124,7 +124,7 @@ class Rehearsal:
         times = torch.zeros(len(noisy))
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             predicted = self._family.predict(denoiser, noisy, times.long(), batch)
-        (predicted.float() - target).square().mean(dim=(1, 2, 3)).mean().backward()
+        torch.autograd.backward((predicted.float() - target).square().mean(dim=(1, 2, 3)).mean())
 
     def _draw(self, denoiser: nn.Module, meter: Meter) -> int:
         """The network at the largest validation size, then the autoencoder, which has come to stay."""

@@ -30,11 +30,11 @@ _STAGE_INTERVAL_S = 0.5
 
 
 class Follower(Protocol):
-    """Is told of values and images too, once they are in the journal."""
+    """Is told of values and images too, once they are in the journal; of previews from another thread."""
 
     def metric(self, step: int, name: str, value: float) -> None: ...
 
-    def image(self, data: ValidationImageData, file: Path) -> None: ...
+    def image(self, data: ValidationImageData, name: str, content: bytes) -> None: ...
 
 
 class Reporter:
@@ -164,10 +164,10 @@ class Reporter:
             )
         )
 
-    def image(self, data: ValidationImageData, file: Path, mime_type: str) -> None:
-        """Keep a copy of `file` among the job's artifacts and refer to it."""
-        artifact_id = f"{data.validation_type}-{data.global_step}-{file.name}"
-        (self._artifacts / artifact_id).write_bytes(file.read_bytes())
+    def image(self, data: ValidationImageData, name: str, content: bytes, mime_type: str) -> None:
+        """Keep an image file among the job's artifacts and refer to it."""
+        artifact_id = f"{data.validation_type}-{data.global_step}-{name}"
+        (self._artifacts / artifact_id).write_bytes(content)
         width, height = data.resolution
         media = Media(artifact_id=artifact_id, mime_type=mime_type, width=width, height=height)
         self.emit(
@@ -181,7 +181,7 @@ class Reporter:
             )
         )
         for follower in self.followers:
-            follower.image(data, file)
+            follower.image(data, name, content)
 
 
 class StageReport:

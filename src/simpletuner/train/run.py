@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from simpletuner.checkpoints import remove_temporary
+from simpletuner.checkpoints import make_output_dir, remove_temporary
 from simpletuner.config.prompt import plan_pictures, plan_prompts
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.loader import Loader
@@ -19,7 +18,7 @@ from simpletuner.data.plan import EpochPlan, check_full_batch
 from simpletuner.diffusion.flow import FlowObjective
 from simpletuner.diffusion.loss import Loss
 from simpletuner.diffusion.objective import DiffusionObjective, Objective
-from simpletuner.errors import ExitCode, UserError
+from simpletuner.errors import ExitCode
 from simpletuner.events import Event, EventType, Severity, SummaryData, TrainingStatusData
 from simpletuner.families.base import Family, build_family
 from simpletuner.families.registry import load_spec
@@ -46,6 +45,7 @@ from simpletuner.train.memory import MemoryPlan
 from simpletuner.train.metrics import Metrics, keep_metrics_until, peak_memory_bytes
 from simpletuner.train.model_card import ModelCard
 from simpletuner.train.optim import build_optimizers
+from simpletuner.train.preview import build_previews
 from simpletuner.train.publish import Publisher
 from simpletuner.train.references import Reference
 from simpletuner.train.rehearsal import plan_memory
@@ -106,7 +106,7 @@ def build_run(job: JobDir, reporter: Reporter, requests: RequestReader) -> Built
     assert config.run.seed is not None
     seed_generators(config.run.seed)
     output_dir = Path(spec.output_dir)
-    _make_output_dir(output_dir)
+    make_output_dir(output_dir)
     family = build_family(config, family_spec)
     prompts = plan_prompts(config.validation)
     texts = [prompt.text for prompt in prompts] + [config.validation.validation_negative_prompt]
@@ -226,8 +226,9 @@ class _Builder:
         own = len(self._inputs.library)
         pictures = plan_pictures(config, plan_prompts(config.validation), len(references) - own)
         validation = Validation(
-            config.validation, pictures, self._inputs.prompts, self._output_dir, self._reporter, references
-        )
+            config.validation, pictures, self._inputs.prompts, self._output_dir, self._reporter, references,
+            build_previews(config, self._family, self._inputs, self._device, self._reporter),
+        )  # fmt: skip
         return Inspection(
             family=self._family,
             trained=trained,
@@ -385,19 +386,3 @@ def _status(built: Built, status: str) -> TrainingStatusData:
         final_epoch=built.final_epoch,
         resumed_from=built.resumed_from,
     )
-
-
-def _make_output_dir(folder: Path) -> None:
-    """Raises UserError `output_dir_not_writable` (73)."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            "output_dir_not_writable",
-            f"The output folder {folder} cannot be written: {error.strerror}.",
-            hint="Choose another --output_dir or change its rights.",
-            pointer="/--output_dir",
-            exit_code=ExitCode.STORAGE,
-        ) from error

@@ -1,11 +1,12 @@
 """`python -m simpletuner.train.upload JOB TARGET FOLDER PLACE MANIFEST`: one upload, in a process of its own.
 
-So it can be ended at any moment, and takes no time from the trainer's interpreter. The last line that it prints is JSON.
+So it can be ended at any moment, and takes no time from the trainer's interpreter. Its last line of output is JSON.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ def upload(provider: Provider, folder: Path, place: str, manifest: str, retry: R
 
 
 def main(job: str, target: str, folder: str, place: str, manifest: str) -> int:
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     config = JobDir(Path(job)).read_config()["config"]
     try:
         provider = open_provider(frozen_targets(config)[int(target)], private=config["model_card_private"])

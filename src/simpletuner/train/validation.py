@@ -20,6 +20,7 @@ from simpletuner.config.validation_options import ValidationOptions
 from simpletuner.errors import UserError
 from simpletuner.events import ValidationData, ValidationImageData
 from simpletuner.families.base import Draw, ImageRequest
+from simpletuner.train.preview import Previews
 from simpletuner.train.references import Reference
 from simpletuner.train.report import Reporter, StageReport
 from simpletuner.train.update import Update
@@ -59,11 +60,13 @@ class Validation:
         output_dir: Path,
         reporter: Reporter,
         references: Sequence[Reference] = (),
+        previews: Previews | None = None,
     ) -> None:
         self._options = options
         self._pictures = pictures
         self._prompts = prompts
         self._references = references
+        self._previews = previews
         self._output_dir = output_dir
         self._reporter = reporter
 
@@ -124,20 +127,6 @@ class Validation:
         reference = None if picture.reference is None else self._references[picture.reference]
         if reference is not None:
             request = replace(request, references=reference.latents)
-        image = draw(request)
-        file = self._file(picture, drawing, suffix)
-        facts = {
-            "prompt": picture.prompt.text,
-            "negative_prompt": options.validation_negative_prompt,
-            "seed": picture.seed,
-            "steps": steps,
-            "guidance": options.validation_guidance,
-            "global_step": drawing.step,
-            "weights": drawing.fingerprint,
-        }
-        if reference is not None:
-            facts["reference"] = reference.sample
-        write_image(image, file, facts, options.validation_image_quality)
         data = ValidationImageData(
             step=steps,
             timestep=0.0,
@@ -149,8 +138,29 @@ class Validation:
             shortname=picture.prompt.shortname + suffix,
             index=picture.index,
         )
-        self._reporter.image(data, file, _MIME[options.validation_image_format])
+        if self._previews is not None:
+            request = replace(request, watch=self._previews.watch(data))
+        image = draw(request)
+        if self._previews is not None:
+            self._previews.finish()
+        file = self._file(picture, drawing, suffix)
+        write_image(image, file, self._facts(picture, drawing, reference), options.validation_image_quality)
+        self._reporter.image(data, file.name, file.read_bytes(), _MIME[options.validation_image_format])
         return file
+
+    def _facts(self, picture: Picture, drawing: Drawing, reference: Reference | None) -> dict[str, Any]:
+        """What the image's file says of how it was made."""
+        options = self._options
+        facts = {
+            "prompt": picture.prompt.text,
+            "negative_prompt": options.validation_negative_prompt,
+            "seed": picture.seed,
+            "steps": options.validation_num_inference_steps,
+            "guidance": options.validation_guidance,
+            "global_step": drawing.step,
+            "weights": drawing.fingerprint,
+        }
+        return facts if reference is None else {**facts, "reference": reference.sample}
 
     def _file(self, picture: Picture, drawing: Drawing, suffix: str) -> Path:
         size = f"{picture.width}x{picture.height}"

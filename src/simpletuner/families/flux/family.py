@@ -24,6 +24,7 @@ from simpletuner.families.base import Draw, ImageRequest
 from simpletuner.families.flux.packing import pack, pack_references, position_ids, unpack
 from simpletuner.families.parts import Parts
 from simpletuner.families.spec import FamilySpec
+from simpletuner.families.watching import Watch, watched
 
 _TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
@@ -176,13 +177,33 @@ class _ReferencePipeline(FluxKontextPipeline):
 
 def draw_image(pipeline: Any, request: ImageRequest, device: torch.device, dtype: torch.dtype) -> Image.Image:
     """One image; the start noise is drawn on the CPU, so that a seed means the same everywhere."""
-    prompt = request.prompt
     extra: dict[str, Any] = {}
     if request.references:
         pipeline.references = tuple(reference[None].to(device, dtype) for reference in request.references)
         image = pipeline.references[0]
         extra = {"image": image, "max_area": request.width * request.height, "_auto_resize": False}
-    latents: Tensor = pipeline(
+    side = pipeline.vae_scale_factor
+    rows, columns = (2 * (edge // (2 * side)) for edge in (request.height, request.width))
+    with watched(pipeline.scheduler, _unpacking(request.watch, rows, columns)):
+        latents = _sample(pipeline, request, device, dtype, extra)
+    vae = pipeline.vae
+    unscaled = unpack(latents, rows, columns) / vae.config["scaling_factor"] + vae.config["shift_factor"]
+    pixels = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0]
+    return pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
+
+
+def _unpacking(watch: Watch | None, rows: int, columns: int) -> Watch | None:
+    """The pipeline's latents are tokens; who looks on is shown a picture's."""
+    if watch is None:
+        return None
+    return Watch(watch.steps, lambda step, t, tokens: watch.show(step, t, unpack(tokens, rows, columns)))
+
+
+def _sample(
+    pipeline: Any, request: ImageRequest, device: torch.device, dtype: torch.dtype, extra: dict[str, Any]
+) -> Tensor:
+    prompt = request.prompt
+    return pipeline(
         prompt_embeds=prompt["prompt_embeds"][None].to(device, dtype),
         pooled_prompt_embeds=prompt["pooled_prompt_embeds"][None].to(device, dtype),
         width=request.width,
@@ -193,9 +214,3 @@ def draw_image(pipeline: Any, request: ImageRequest, device: torch.device, dtype
         output_type="latent",
         **extra,
     ).images
-    vae = pipeline.vae
-    side = pipeline.vae_scale_factor
-    unpacked = unpack(latents, 2 * (request.height // (2 * side)), 2 * (request.width // (2 * side)))
-    unscaled = unpacked / vae.config["scaling_factor"] + vae.config["shift_factor"]
-    pixels = vae.decode(unscaled.to(vae.dtype), return_dict=False)[0]
-    return pipeline.image_processor.postprocess(pixels, output_type="pil")[0]

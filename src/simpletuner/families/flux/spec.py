@@ -64,6 +64,7 @@ SPEC = FamilySpec(
             embedded=True,
             alignment=16,
             tokens=32,
+            preview_decoder=str(Path(__file__).parent / "nano/preview"),
             edits_references=True,
             reference_sizes=((48, 96), (48, 80), (64, 64), (80, 48), (96, 48)),
             values={
@@ -82,6 +83,7 @@ SPEC = FamilySpec(
     ),
     supports=frozenset({Capability.FULL, Capability.LORA, Capability.LYCORIS}),
     values={"validation_guidance": 3.5},
+    preview_decoder="madebyollin/taef1",
     unquantised=("x_embedder", "context_embedder", "time_text_embed.*", "norm_out.*", "proj_out"),
     attention_classes=("FluxAttention",),
     lora_targets=LORA_TARGETS,

@@ -22,6 +22,7 @@ from simpletuner.families.base import Draw, ImageRequest
 from simpletuner.families.parts import Parts
 from simpletuner.families.samplers import build_sampler
 from simpletuner.families.spec import FamilySpec
+from simpletuner.families.watching import watched
 
 TOKENS = 300
 
@@ -165,17 +166,19 @@ class PixArtSigma:
 def draw_image(pipeline: Any, request: ImageRequest, device: torch.device) -> Image.Image:
     """One image; the start noise is drawn on the CPU, so that a seed means the same everywhere."""
     prompt, negative = request.prompt, request.negative
-    return pipeline(
-        prompt=None,
-        negative_prompt=None,
-        prompt_embeds=prompt["prompt_embeds"][None].to(device),
-        prompt_attention_mask=prompt["prompt_attention_mask"][None].to(device),
-        negative_prompt_embeds=negative["prompt_embeds"][None].to(device),
-        negative_prompt_attention_mask=negative["prompt_attention_mask"][None].to(device),
-        width=request.width,
-        height=request.height,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        generator=torch.Generator().manual_seed(request.seed),
-        use_resolution_binning=False,
-    ).images[0]
+    with watched(pipeline.scheduler, request.watch):
+        images = pipeline(
+            prompt=None,
+            negative_prompt=None,
+            prompt_embeds=prompt["prompt_embeds"][None].to(device),
+            prompt_attention_mask=prompt["prompt_attention_mask"][None].to(device),
+            negative_prompt_embeds=negative["prompt_embeds"][None].to(device),
+            negative_prompt_attention_mask=negative["prompt_attention_mask"][None].to(device),
+            width=request.width,
+            height=request.height,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            generator=torch.Generator().manual_seed(request.seed),
+            use_resolution_binning=False,
+        ).images
+    return images[0]

@@ -45,6 +45,7 @@ SPEC = FamilySpec(
             native_resolution=64,
             embedded=True,
             alignment=16,
+            preview_decoder=str(Path(__file__).parent / "nano/preview"),
             values={
                 "resolution": 64,
                 "validation_num_inference_steps": 20,
@@ -57,6 +58,7 @@ SPEC = FamilySpec(
     text=(TextSlot(encoder="t5", length=300, width=4096, masked=True),),
     supports=frozenset({Capability.FULL, Capability.LORA, Capability.LYCORIS}),
     values={"max_grad_norm": 0.01, "validation_guidance": 4.5},
+    preview_decoder="madebyollin/taesdxl",
     unquantised=("pos_embed.*", "adaln_single.*", "caption_projection.*", "proj_out"),
     refused_precisions=("fp8-quanto",),
     attention_classes=("Attention",),
