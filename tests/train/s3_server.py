@@ -68,12 +68,14 @@ class Relay(ThreadingHTTPServer):
 
 class _Passing(BaseHTTPRequestHandler):
     server: Relay
+    protocol_version = "HTTP/1.1"
 
     def do_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         status = self.server.before(self.command, self.path)
         if status is not None:
             self.send_response(status)
+            self.send_header("Content-Length", str(len(BUSY)))
             self.end_headers()
             self.wfile.write(BUSY)
             return

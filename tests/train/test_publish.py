@@ -88,7 +88,8 @@ def test_a_run_on_a_hub(shared: TinyWorld, tmp_path: Path, hub: HubServer) -> No
     top = {name for name in hub.files if not name.startswith("checkpoint-")}
     blank, image = (f"model_card_images/step_4_{name}_0_64x64.png" for name in ("unconditional", "validation"))
     assert top == {
-        "README.md", "pytorch_lora_weights.safetensors", "export/adapter_comfyui.safetensors", RESULT_MANIFEST, image, blank,
+        "README.md", "pytorch_lora_weights.safetensors", "export/adapter_comfyui.safetensors", RESULT_MANIFEST, image,
+        blank,
     }  # fmt: skip
     assert all(hub.files[name] == (ran.output / name).read_bytes() for name in top)
     assert "pytorch_lora_weights.safetensors" in hub.through_lfs
@@ -103,8 +104,8 @@ def test_a_run_on_a_hub(shared: TinyWorld, tmp_path: Path, hub: HubServer) -> No
         for url, step, is_final in zip(urls, (2, 4, 4), (False, False, True), strict=True)
     ]
     assert told[2]["num_files"] == len(top) and told[2]["bytes"] == sum(len(hub.files[name]) for name in top)
-    assert [json.loads(line) for line in calls.read_text().splitlines()] == [
-        [url, "me/tiny", step] for url, step in zip(urls, "244", strict=True)
+    assert sorted(json.loads(line) for line in calls.read_text().splitlines()) == [
+        [url, "me/tiny", step] for url, step in zip(sorted(urls), "424", strict=True)
     ]
     stages = [
         event["stage"]["status"] for event in ran.of_type("lifecycle.stage") if event["stage"]["key"] == "publish"
@@ -152,9 +153,9 @@ def test_a_run_in_a_bucket(shared: TinyWorld, tmp_path: Path, s3: S3Server, monk
         ("success", "completed", "https://cdn.test/b/mine"),
     ]
     assert "NoSuchBucket" in events[1]["data"]["reason"]
-    assert [json.loads(line) for line in calls.read_text().splitlines()] == [
-        ["https://cdn.test/b/mine/checkpoint-4", str(ran.output / "checkpoint-4")],
+    assert sorted(json.loads(line) for line in calls.read_text().splitlines()) == [
         ["https://cdn.test/b/mine", str(pipeline)],
+        ["https://cdn.test/b/mine/checkpoint-4", str(ran.output / "checkpoint-4")],
     ]
     assert "very-secret" not in ran.job.journal_path.read_text() + (pipeline / "README.md").read_text()
 
@@ -184,11 +185,9 @@ def test_a_checkpoint_is_kept_while_it_is_uploaded(shared: TinyWorld, hub: HubSe
     assert "checkpoint-2/training_state.json" in hub.files
 
 
-@pytest.mark.parametrize("command", [CommandName.CANCEL, CommandName.STOP])
-def test_an_end_abandons_what_does_not_come_through(
-    shared: TinyWorld, hub: HubServer, command: CommandName, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("simpletuner.train.program.STOP_GRACE_S", 1.0)
+@pytest.mark.parametrize("command", [CommandName.CANCEL, pytest.param(CommandName.STOP, marks=pytest.mark.slow)])
+def test_an_end_abandons_what_does_not_come_through(shared: TinyWorld, hub: HubServer, command: CommandName) -> None:
+    """At once, or after the ten seconds that a stop leaves; the checkpoints stay."""
     hub.before = lambda path: time.sleep(60)
     options = {"checkpoint_step_interval": 1, "push_checkpoints_to_hub": True, "max_train_steps": 50}
     began = time.monotonic()
