@@ -21,7 +21,7 @@ _LICENCES = {"Apache-2.0": "apache-2.0", "CreativeML Open RAIL++-M": "openrail++
 
 
 class ModelCard:
-    """Follows a run for its newest validation images. `adapter`: which one is trained, if one is."""
+    """Follows a run for its newest validation images with a prompt. `adapter`: which one is trained, if one is."""
 
     def __init__(self, config: TrainConfig, spec: FamilySpec, adapter: str | None) -> None:
         self._config = config
@@ -33,7 +33,7 @@ class ModelCard:
         """Of no interest here."""
 
     def image(self, data: ValidationImageData, name: str, content: bytes) -> None:
-        if data.validation_type == "final":
+        if data.validation_type == "final" and data.prompt:
             newest = {key: row for key, row in self._images.items() if row[0].global_step == data.global_step}
             self._images = newest | {name: (data, content)}
 
@@ -68,7 +68,7 @@ class ModelCard:
             tags.append("not-for-all-audiences")
         front |= {"library_name": "diffusers", "pipeline_tag": task, "tags": tags}
         if pictures:
-            front["widget"] = [{"text": prompt or " ", "output": {"url": path}} for prompt, path in pictures]
+            front["widget"] = [{"text": prompt, "output": {"url": path}} for prompt, path in pictures]
         return front
 
     def _body(self, title: str, step: int, pictures: list[tuple[str, str]]) -> Iterator[str]:
@@ -76,14 +76,14 @@ class ModelCard:
         kind = "An adapter for" if self._adapter else "A fine-tune of"
         yield f"\n# {title}\n"
         yield f"{kind} {self._spec.title}" + (f" ([{base}](https://huggingface.co/{base}))" if base else "") + ","
-        yield f"made by {step} steps of [SimpleTuner](https://github.com/bghira/SimpleTuner) {__version__}.\n"
+        yield f"made by {step} steps of SimpleTuner {__version__}.\n"
         if self._config.publishing.model_card_note:
             yield f"{self._config.publishing.model_card_note}\n"
         if pictures:
             yield "## Validation images\n"
         for prompt, path in pictures:
             # Indented, so that nothing in a prompt is read as Markdown.
-            yield f"![validation image]({path})\n\n    {' '.join(prompt.split()) or '(no prompt)'}\n"
+            yield f"![validation image]({path})\n\n    {' '.join(prompt.split())}\n"
         yield "## Settings\n\n| | |\n|---|---|"
         yield from (f"| {name} | `{value}` |" for name, value in self._settings(step).items() if value is not None)
         yield f"\n## Licence\n\n{self._flavour.licence}, as the base model."
@@ -103,7 +103,7 @@ class ModelCard:
             "learning rate": f"{config.optimizer.learning_rate:g}",
             "schedule": f"{config.optimizer.lr_scheduler}, warm-up {config.optimizer.lr_warmup_steps}",
             "precision": f"{config.precision.base_model_precision}, {config.precision.mixed_precision}",
-            "moving average": config.precision.use_ema,
+            "moving average": "yes" if config.precision.use_ema else None,
             "datasets": ", ".join(entry.id for entry in config.image_datasets),
             "validation": f"{validation.validation_num_inference_steps} steps, guidance "
             f"{validation.validation_guidance:g}, seed {validation.validation_seed or run.seed}",
