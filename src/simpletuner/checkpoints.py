@@ -21,6 +21,8 @@ from simpletuner.job import fsync_folder, write_atomic
 
 MANIFEST = "checkpoint_manifest.json"
 STATE = "training_state.json"
+BEST = "checkpoint-best"
+"""A relative link to the checkpoint with the lowest held-out loss."""
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _TEMPORARY = re.compile(r"\.checkpoint-[0-9]+-tmp")
 
@@ -107,9 +109,10 @@ def write_manifest(folder: Path, paths: list[Path], step: int, name: str = MANIF
 
 
 def prune_checkpoints(output_dir: Path, limit: int, keep: frozenset[str] = frozenset()) -> list[str]:
-    """Remove the oldest complete ones beyond `limit` (0: none); returns their names."""
+    """Remove the oldest complete ones beyond `limit` (0: none), but never the best; returns their names."""
     if not limit:
         return []
+    keep |= {(output_dir / BEST).resolve().name}
     complete = [folder for folder in list_checkpoints(output_dir) if folder.manifest is not None]
     old = [folder for folder in complete[limit:] if folder.name not in keep]
     for folder in old:

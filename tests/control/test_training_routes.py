@@ -170,3 +170,27 @@ def test_what_cannot_be_written_to_a_file_is_refused(shared_server: ServerProces
         assert answer.status_code == 422, answer.text
     many = ",".join("a" for _ in range(2000))
     assert http.get("/api/training/events", params={"types": many}).status_code == 422
+
+
+def test_the_lycoris_file_of_an_environment(shared_server: ServerProcess) -> None:
+    http = shared_server.http
+    body = {"name": "adapter", "model_family": "flux", "model_flavour": "nano", "model_type": "lora",
+            "lora_type": "lycoris"}  # fmt: skip
+    assert http.post("/api/configs/environments", json=body).status_code == 201
+    read = http.get("/api/configs/adapter/lycoris")
+    assert read.json()["content"]["algo"] == "lora" and read.json()["path"] == "adapter/lycoris_config.json"
+    mine = {"algo": "lokr", "linear_dim": 10000, "linear_alpha": 1, "factor": 8}
+    put = http.put("/api/configs/adapter/lycoris", json={"config": mine}, headers={"If-Match": read.headers["ETag"]})
+    assert put.status_code == 200, put.text
+    stale = http.put("/api/configs/adapter/lycoris", json={"config": mine}, headers={"If-Match": read.headers["ETag"]})
+    assert (stale.status_code, stale.json()["code"]) == (412, "etag_mismatch")
+    wrong = http.put("/api/configs/adapter/lycoris", json={"config": {"algo": "lokrr", "factr": 2}})
+    assert wrong.status_code == 422 and "Did you mean" in wrong.text
+    assert {item["code"] for item in wrong.json()["errors"]} == {"unknown_algo", "unknown_lycoris_key"}
+    assert http.get("/api/configs/adapter/lycoris").json()["content"] == mine
+    exported = http.get("/api/configs/adapter/export").json()
+    assert exported["lycoris"] == mine
+    assert http.post("/api/configs/import", json={"data": exported, "name": "adapter2"}).status_code == 201
+    assert http.get("/api/configs/adapter2/lycoris").json()["content"] == mine
+    http.post("/api/configs/environments", json={"name": "plain", "model_family": "pixart_sigma"})
+    assert http.get("/api/configs/plain/lycoris").status_code == 404

@@ -13,6 +13,7 @@ from tiny_world import TinyWorld
 from simpletuner.families.base import build_family
 from simpletuner.families.registry import load_spec
 from simpletuner.train.inputs import Preparation
+from simpletuner.train.rehearsal import plan_memory
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import RequestReader
 
@@ -63,7 +64,10 @@ def test_references_for_validation(world: TinyWorld) -> None:
     try:
         family = build_family(config, load_spec("pixart_sigma"))
         parts = (Reporter(journal, job.artifacts), RequestReader(job), torch.device("cpu"))
-        inputs = Preparation(config, family, *parts).run([], job.artifacts)
+        preparation = Preparation(config, family, *parts)
+        manifests = preparation.discover(job.artifacts)
+        memory = plan_memory(config, load_spec("pixart_sigma"), manifests, torch.device("cpu"))
+        inputs = preparation.encode(manifests, [], memory)
     finally:
         journal.close()
     references = inputs.validation_references("tiny", 3)

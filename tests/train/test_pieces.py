@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ from hypothesis import strategies as st
 from simpletuner.config.prompt import parse_resolutions, plan_prompts
 from simpletuner.config.validation_options import ValidationOptions
 from simpletuner.data.plan import Position
-from simpletuner.errors import ExitCode, UserError
+from simpletuner.errors import UserError
 from simpletuner.events import Event, EventType
 from simpletuner.job import Command, CommandName, JobDir, JobSpec
 from simpletuner.train.due import Due
-from simpletuner.train.metrics import Metrics, StepFacts, Watch, keep_metrics_until
+from simpletuner.train.metrics import Metrics, StepFacts, keep_metrics_until
 from simpletuner.train.requests import Ended, RequestReader, Requests
+from simpletuner.train.sentinel import Used
 from simpletuner.train.state import TrainState, restore_rng, rng_tensors
 
 CPU = torch.device("cpu")
@@ -150,11 +150,11 @@ def test_what_is_due() -> None:
 
 
 def metrics(path: Path, emitted: list[Event], total: int = 1000) -> Metrics:
-    return Metrics(emitted.append, path, total, CPU)
+    return Metrics(emitted.append, path, total, CPU, lambda judged: None)
 
 
 def facts(step: int) -> StepFacts:
-    return StepFacts(step, 0, 1e-4, 4, 0.0, ("set/a.png", "set/b.png"))
+    return StepFacts(step, 0, 1e-4, 4, 0.0, (Used(("set/a.png", "set/b.png"), ("", "b"), torch.zeros(2)),))
 
 
 def record(found: Metrics, step: int, loss: float = 1.0, norm: float = 1.0) -> None:
@@ -191,71 +191,6 @@ def test_rows_beyond_the_resumed_step_go(tmp_path: Path) -> None:
     assert path.read_text() == ""
     keep_metrics_until(tmp_path / "absent.jsonl", 0)
     assert not (tmp_path / "absent.jsonl").exists()
-
-
-def judged(tmp_path: Path, values: list[tuple[float, float]]) -> tuple[list[Event], UserError | None]:
-    emitted = list[Event]()
-    found = metrics(tmp_path / "m.jsonl", emitted)
-    try:
-        for step, (loss, norm) in enumerate(values, 1):
-            record(found, step, loss, norm)
-        found.drain()
-    except UserError as error:
-        return emitted, error
-    return emitted, None
-
-
-GOOD, NAN = (1.0, 1.0), (math.nan, math.nan)
-
-
-def test_one_step_that_is_no_number_is_named(tmp_path: Path) -> None:
-    emitted, error = judged(tmp_path, [GOOD, NAN, GOOD, (1.0, math.inf), GOOD])
-    assert error is None
-    named = [event for event in emitted if event.type is EventType.NOTIFICATION]
-    assert len(named) == 2 and "set/a.png" in named[0].message
-    assert [row["loss"] for row in rows(tmp_path / "m.jsonl")] == [1.0, None, 1.0, 1.0, 1.0]
-    assert rows(tmp_path / "m.jsonl")[3]["grad_norm"] is None
-
-
-@pytest.mark.parametrize("values", [[GOOD, NAN, NAN, NAN], [GOOD, NAN, GOOD] * 10])
-def test_three_in_a_row_or_ten_in_a_hundred_are_the_end(tmp_path: Path, values: list[tuple[float, float]]) -> None:
-    _, error = judged(tmp_path, values)
-    assert error is not None and (error.code, error.exit_code) == ("diverged", ExitCode.DIVERGED)
-
-
-def test_two_in_a_row_or_few_of_many_are_not(tmp_path: Path) -> None:
-    assert judged(tmp_path, [GOOD, NAN, NAN, GOOD] * 2 + ([GOOD] * 96 + [NAN] * 2 + [GOOD]) * 3)[1] is None
-
-
-def test_gradients_of_zero(tmp_path: Path) -> None:
-    assert judged(tmp_path, [(1.0, 0.0)] * 19 + [GOOD] + [(1.0, 0.0)] * 19)[1] is None
-    _, error = judged(tmp_path, [(1.0, 0.0)] * 20)
-    assert error is not None and (error.code, error.exit_code) == ("dead_run", ExitCode.DIVERGED)
-
-
-@pytest.mark.parametrize(
-    ("values", "ends"),
-    [
-        ([(1.0, 0.0)], True),
-        ([(0.0, 0.0), GOOD], False),
-        ([GOOD, (1.0, 0.0), GOOD], False),
-        ([(math.nan, 0.0), GOOD], False),
-    ],
-    ids=["no effect", "nothing to learn from", "not the first", "no number"],
-)
-def test_an_adapter_without_any_gradient_ends_at_once(values: list[tuple[float, float]], ends: bool) -> None:
-    watch = Watch("peft lora on 3 modules")
-    facts = [StepFacts(step, 0, 1e-3, 2, 0.0, ("a", "b")) for step in range(1, len(values) + 1)]
-    seen = [
-        lambda fact=fact, row=row: watch.see(fact, *row, lambda _: None)
-        for fact, row in zip(facts, values, strict=True)
-    ]
-    if not ends:
-        assert [look() for look in seen] == [None] * len(values)
-        return
-    with pytest.raises(UserError, match="peft lora on 3 modules") as caught:
-        seen[0]()
-    assert (caught.value.code, caught.value.exit_code) == ("dead_run", ExitCode.DIVERGED)
 
 
 # --- prompts

@@ -14,8 +14,8 @@ from simpletuner.bench.figure import Figure, Measured, lower_bound
 from simpletuner.bench.scene import BATCH_SIZE, PRECISIONS, Precision, Scene
 from simpletuner.bench.trainer import TrainerLoop
 from simpletuner.data.loader import Batch
+from simpletuner.train.build import Built
 from simpletuner.train.loop import Run, train
-from simpletuner.train.run import Built
 
 BLOCK = 10
 WARM_UP = 5

@@ -16,9 +16,9 @@ from simpletuner.config.resolve import Resolution, freeze, resolve
 from simpletuner.config.sources import layer_from_mapping
 from simpletuner.config.train_config import TrainConfig, option_fields
 from simpletuner.job import JobDir, JobSpec
+from simpletuner.train.build import Built, build_run
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import RequestReader
-from simpletuner.train.run import Built, build_run
 
 Precision = Literal["fp32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")

@@ -154,11 +154,20 @@ class Environments:
     def dataloader_path(self, name: str) -> Path:
         return self.folder(name) / "multidatabackend.json"
 
+    def lycoris_path(self, name: str) -> Path:
+        return self.folder(name) / LYCORIS_FILE
+
     def read_dataloader(self, name: str) -> tuple[Any, list[Problem], str]:
         """`(content, problems, etag)`. Raises UserError `not_found` when the environment has none."""
-        path = self.dataloader_path(name)
+        return self._read(name, self.dataloader_path(name), "dataset file")
+
+    def read_lycoris(self, name: str) -> tuple[Any, list[Problem], str]:
+        """The same of the LyCORIS configuration."""
+        return self._read(name, self.lycoris_path(name), "LyCORIS configuration")
+
+    def _read(self, name: str, path: Path, what: str) -> tuple[Any, list[Problem], str]:
         if not path.exists():
-            raise UserError("not_found", f"The environment {name!r} has no dataset file.")
+            raise UserError("not_found", f"The environment {name!r} has no {what}.")
         content, shown = path.read_bytes(), f"{name}/{path.name}"
         try:
             value, duplicates = read_json(content.decode(), name=shown)
@@ -170,11 +179,19 @@ class Environments:
         self, name: str, datasets: list[Any], *, if_match: str | None = None
     ) -> tuple[str, Path | None]:
         """`(etag, backup)`."""
-        path = self.dataloader_path(name)
+        return self._write(self.dataloader_path(name), datasets, if_match)
+
+    def write_lycoris(
+        self, name: str, config: dict[str, Any], *, if_match: str | None = None
+    ) -> tuple[str, Path | None]:
+        """`(etag, backup)`."""
+        return self._write(self.lycoris_path(name), config, if_match)
+
+    def _write(self, path: Path, value: Any, if_match: str | None) -> tuple[str, Path | None]:
         if path.exists():
             check_etag(if_match, etag_of(path.read_bytes()))
         backup = self._back_up(path)
-        content = to_json(datasets)
+        content = to_json(value)
         write_atomic(path, content)
         return etag_of(content), backup
 

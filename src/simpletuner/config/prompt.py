@@ -129,9 +129,9 @@ def images_of(value: Any) -> tuple[str, ...]:
 
 def _text(name: str, value: Any) -> str:
     entry: dict[str, Any] = value if isinstance(value, dict) else {"prompt": value}
-    if "adapter_strength" in entry:
+    if entry.get("adapter_strength", 1) != 1:
         raise _bad_library("option_not_supported_yet", f"adapter_strength of {name!r} is not supported yet.")
-    if unknown := sorted(entry.keys() - {"prompt", "image"}):
+    if unknown := sorted(entry.keys() - {"prompt", "image", "adapter_strength"}):
         raise _bad_library("bad_prompt_library", f"The prompt {name!r} has an unknown key {unknown[0]!r}.")
     if not isinstance(entry.get("prompt"), str):
         raise _bad_library("bad_prompt_library", f"The prompt {name!r} of the library is no text.")

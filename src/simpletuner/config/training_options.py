@@ -155,6 +155,13 @@ class CheckpointOptions(OptionGroup):
     resume_from_checkpoint: Annotated[str | None, Ui(tab="training", order=52)] = "latest"
     """`latest`, a checkpoint's name or its path; empty: start afresh."""
 
+    nonfinite_action: Annotated[Literal["skip", "rollback"], Ui(tab="training", order=53)] = "skip"
+    """After a loss or gradient that is no number: leave that update out, or go back to the last checkpoint without the
+    samples that it used."""
+
+    early_stop_patience: Annotated[PositiveInt | None, Ui(tab="training", order=54)] = None
+    """End the run after so many evaluations of the held-out loss without a new lowest; empty: never."""
+
     override_dataset_config: Annotated[bool, Ui(tab="data", order=52)] = False
     """Accept a changed dataset when a run is resumed."""
 

@@ -78,6 +78,15 @@ def write_ledger(manifest: Manifest, path: Path) -> None:
     write_atomic(path, "".join(line + "\n" for line in lines).encode())
 
 
+def mark_dropped(path: Path, sample: str, reason: str) -> None:
+    """Say in a ledger that was written what became of one of its files later on."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        if row["path"] == sample:
+            row |= {"status": "dropped", "reason": reason}
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
 def dataset_report(manifest: Manifest) -> dict[str, Any]:
     """Payload of the notification `dataset_report`: counts, by reason and by bucket."""
     dropped = Counter(str(reason) for reason in manifest.reasons if reason is not None)

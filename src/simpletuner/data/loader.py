@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import cycle
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from simpletuner.data.cache import CacheStore, CorruptEntry, Entry
 from simpletuner.data.captions import choose_caption
-from simpletuner.data.geometry import Size
+from simpletuner.data.geometry import Size, bucket_name
 from simpletuner.data.keys import below, u
 from simpletuner.data.manifest import Manifest
 from simpletuner.data.plan import START, EpochPlan, Group, Position
@@ -165,6 +168,12 @@ class BatchReader:
         )
         return batch.pinned() if self._pin_memory else batch
 
+    def others(self, group: Group, without: AbstractSet[str]) -> list[int]:
+        """Samples of the group's bucket that are not in `without`."""
+        manifest = self._latents[group.dataset_id].manifest
+        members = manifest.buckets()[group.bucket].tolist()
+        return [row for row in members if manifest.sample(row) not in without]
+
     def _chosen_references(self, group: Group, source: LatentSource, uses: Sequence[Use]) -> list[int] | None:
         """Of several sets the one that each visit uses. Where sets differ in size, a group's first visit speaks for
         all of it: one micro-batch has one shape, whatever the ranks."""
@@ -221,6 +230,11 @@ def _get(store: CacheStore, keys: Sequence[str]) -> list[Entry]:
         ) from error
 
 
+class Made(NamedTuple):
+    group: Group
+    batch: Batch
+
+
 class Loader:
     """This rank's batches from a position on, without end.
 
@@ -238,8 +252,13 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         prefetch: int = 10,
+        without: AbstractSet[str] = frozenset(),
     ) -> None:
-        """`position` lies between optimizer steps: the first batch is the first of `accumulation` micro-batches."""
+        """`position` lies between optimizer steps: the first batch is the first of `accumulation` micro-batches.
+
+        `without`: samples that others of their group stand in for; it may grow while batches are made ahead.
+        """
+        self._without = without
         self._groups = plan.walk(position)
         self._reader = reader
         self._accumulation = accumulation
@@ -248,8 +267,8 @@ class Loader:
         self._num_ahead = prefetch
         self._num_made = 0
         self._worker = ThreadPoolExecutor(1, "loader")
-        self._waiting: deque[Future[Batch]] = deque()
-        self._ready: deque[Batch] = deque()
+        self._waiting: deque[Future[Made]] = deque()
+        self._ready: deque[Made] = deque()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -262,7 +281,8 @@ class Loader:
             if error := self._waiting[0].exception():  # waits for it; a failed one stays first in line
                 raise _failure(error) from error
             self._ready.append(self._waiting.popleft().result())
-        return self._ready.popleft()
+        made = self._ready.popleft()
+        return made.batch if self._without.isdisjoint(made.batch.samples) else self._stand_in(made)
 
     def close(self) -> None:
         """Ends the worker, after the batch it is making."""
@@ -274,11 +294,30 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _make(self) -> Batch:
+    def _make(self) -> Made:
         group = next(self._groups)
         batch = self._reader.read(group, group.of_rank(self._rank, self._world_size))
         self._num_made += 1
-        return replace(batch, is_last_micro=self._num_made % self._accumulation == 0)
+        return Made(group, replace(batch, is_last_micro=self._num_made % self._accumulation == 0))
+
+    def _stand_in(self, made: Made) -> Batch:
+        """The batch with healthy samples of its group, else of its bucket, in the places of those left out."""
+        uses = made.group.of_rank(self._rank, self._world_size)
+        is_out = [sample in self._without for sample in made.batch.samples]
+        healthy = [use.sample for use, out in zip(uses, is_out, strict=True) if not out]
+        healthy = healthy or self._reader.others(made.group, self._without)
+        if not healthy:
+            raise UserError(
+                "data_defects",
+                f"Every picture of dataset {made.group.dataset_id!r} in the bucket {bucket_name(made.group.bucket)} "
+                "had to be left out.",
+                hint="Look at the pictures that the warnings name.",
+                exit_code=ExitCode.DATA,
+            )
+        spare = cycle(healthy)
+        chosen = [Use(next(spare), use.visit) if out else use for use, out in zip(uses, is_out, strict=True)]
+        batch = self._reader.read(made.group, chosen)
+        return replace(batch, is_last_micro=made.batch.is_last_micro)
 
 
 def _failure(error: BaseException) -> UserError:

@@ -23,6 +23,7 @@ from simpletuner.server.routes import (
     health,
     jobs,
     logs,
+    lycoris,
     system,
     training,
     training_control,
@@ -101,6 +102,7 @@ def _add_routes(app: FastAPI) -> None:
     # Before `/{name}`: these are words that no environment can be called.
     app.include_router(webhook_files.router)
     app.include_router(environments.router)
+    app.include_router(lycoris.router)
     app.include_router(configs.router)
     for router in (jobs.router, logs.router):
         app.include_router(router, prefix="/api/jobs")

@@ -166,6 +166,11 @@ def _find_latest(output_dir: Path, reporter: Reporter) -> ResumePoint | None:
     return None
 
 
+def read_point(path: Path) -> ResumePoint:
+    """Of a checkpoint that this run made or resumed, and has not touched since."""
+    return _point(next(folder for folder in list_checkpoints(path.parent) if folder.path == path))
+
+
 def _point(folder: CheckpointFolder) -> ResumePoint:
     record = folder.read_state()
     return ResumePoint(folder, TrainState.from_dict(record), record)

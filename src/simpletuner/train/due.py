@@ -20,6 +20,8 @@ class Due:
     eval_interval: int | None
     eval_epochs: int | None
     on_startup: bool = False
+    patience: int | None = None
+    """Evaluations of the held-out loss without a new lowest that end the run."""
 
     @classmethod
     def from_config(cls, config: TrainConfig, total_steps: int) -> Due:
@@ -32,10 +34,14 @@ class Due:
             eval_interval=validation.eval_steps_interval,
             eval_epochs=validation.eval_epoch_interval,
             on_startup=validation.validation_on_startup,
+            patience=config.checkpoint.early_stop_patience,
         )
 
     def end(self, state: TrainState) -> bool:
-        return state.step >= self.total_steps
+        return state.step >= self.total_steps or self.gives_up(state)
+
+    def gives_up(self, state: TrainState) -> bool:
+        return self.patience is not None and state.best.stale >= self.patience
 
     def checkpoint(self, state: TrainState, requests: Requests) -> bool:
         """By interval, on request, before a stop, and at the end; never on the way to a cancel."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import nn
 
 from simpletuner.families.base import Draw, Family
+from simpletuner.train.best import link_best
 from simpletuner.train.checkpoint import CheckpointSaver
 from simpletuner.train.due import Due
 from simpletuner.train.external_validation import ExternalValidation
@@ -18,6 +20,7 @@ from simpletuner.train.metrics import Metrics
 from simpletuner.train.publish import Publisher
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import Requests
+from simpletuner.train.sentinel import Sentinel
 from simpletuner.train.state import TrainState
 from simpletuner.train.trained import Trained
 from simpletuner.train.update import Update
@@ -38,28 +41,56 @@ class Inspection:
     publisher: Publisher
     external: ExternalValidation
     metrics: Metrics
+    sentinel: Sentinel
     reporter: Reporter
     due: Due
     output_dir: Path
     device: torch.device
     ema_mode: EmaMode = "comparison"
     _draw: Draw | None = field(default=None, init=False)
+    _measured: tuple[int, float] | None = field(default=None, init=False)
+    """Step and mean of the latest held-out losses."""
 
     @property
     def denoiser(self) -> nn.Module:
         return self.trained.denoiser
 
     def checkpoint(self, state: TrainState, requests: Requests) -> None:
-        """Metrics are read first: weights that a non-finite number ended with are never saved."""
+        """Metrics are read first: weights that a non-finite number ended with are never saved.
+
+        Every checkpoint has a held-out loss, so that the best of them is known; only a stop does not wait for one.
+        """
         self.metrics.drain()
-        is_final = self.due.end(state)
-        in_use = self.hooks.checkpoints_in_use() | self.publisher.checkpoints_in_use()
-        if self.saver.save(
-            self.trained, self.update, state, is_final=is_final, request_ids=requests.checkpoint, in_use=in_use
-        ):
-            assert self.saver.latest is not None
-            self.hooks.start(AFTER_CHECKPOINT, state.step, self.saver.latest)
-            self.publisher.checkpoint(state.step, self.saver.latest)
+        if requests.end is None:
+            self.measure(state)
+        loss, kept_loss = self._loss_at(state.step), state.best.kept_loss
+        is_best = loss is not None and state.best.is_to_keep(loss)
+        if is_best:
+            state.best.kept_loss = loss
+        saved = self.saver.save(
+            self.trained,
+            self.update,
+            state,
+            is_final=self.due.end(state),
+            request_ids=requests.checkpoint,
+            in_use=self.hooks.checkpoints_in_use() | self.publisher.checkpoints_in_use(),
+        )
+        if not saved or self.saver.latest is None:
+            state.best.kept_loss = kept_loss
+            return
+        self.sentinel.saved()
+        if loss is not None and is_best:
+            link_best(self.saver.latest, loss, self.reporter)
+        self.hooks.start(AFTER_CHECKPOINT, state.step, self.saver.latest)
+        self.publisher.checkpoint(state.step, self.saver.latest)
+
+    def final_checkpoint(self, state: TrainState) -> None:
+        """Of a run that gave up before its last step, where one was due in any case."""
+        if self.due.gives_up(state):
+            message = f"No lower held-out loss for {state.best.stale} evaluations: the run ends at step {state.step}."
+            self.reporter.notify("early_stop", message, hint="checkpoint-best holds the best weights that were saved.")
+            if self.saver.latest is None or self.saver.latest.name != f"checkpoint-{state.step}":
+                self.checkpoint(state, Requests())
 
     def validate(self, state: TrainState, requests: Requests) -> None:
         self.metrics.drain()
@@ -67,13 +98,23 @@ class Inspection:
         if asked or self.due.images(state):
             self._images(state.step, "request" if asked else "interval", requests.validate)
         if asked or self.due.held_out(state):
-            self.measure(state.step)
+            self.measure(state)
 
-    def measure(self, step: int) -> None:
+    def measure(self, state: TrainState) -> None:
+        """The held-out losses, unless this step has them already."""
+        if not self.held_out or self._loss_at(state.step) is not None:
+            return
+        losses: list[float] = []
         for held_out in self.held_out:
             with self.update.averaged():
                 found = held_out.measure(self.denoiser)
-            self.reporter.metric(f"loss/val/{found.dataset_id}", found.mean, step, found.standard_error)
+            self.reporter.metric(f"loss/val/{found.dataset_id}", found.mean, state.step, found.standard_error)
+            losses.append(found.mean)
+        self._measured = state.step, fmean(losses)
+        state.best.see(self._measured[1])
+
+    def _loss_at(self, step: int) -> float | None:
+        return self._measured[1] if self._measured is not None and self._measured[0] == step else None
 
     def on_startup(self, step: int) -> None:
         self._images(step, "startup", ())

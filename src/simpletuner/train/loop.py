@@ -18,6 +18,7 @@ from simpletuner.train.due import Due
 from simpletuner.train.inspection import Inspection
 from simpletuner.train.metrics import Metrics, StepFacts
 from simpletuner.train.requests import RequestReader
+from simpletuner.train.sentinel import Used
 from simpletuner.train.state import TrainState
 from simpletuner.train.update import Update
 
@@ -44,32 +45,37 @@ class Run:
 
 
 def train(run: Run) -> Outcome:
-    """Until the last step, or until asked to end. Each step: every micro-step of the accumulation, then one update."""
+    """Until the last step, or until asked to end. Each step: every micro-step of the accumulation, then one update.
+
+    Raises RollBack, and UserError `diverged` or `dead_run` (72).
+    """
     state, device = run.state, next(run.denoiser.parameters()).device
     total_loss = torch.zeros((), device=device)
-    names: list[str] = []
-    waited_s = 0.0
+    used: list[Used] = []
+    count, waited_s = 0, 0.0
     while not run.due.end(state):
         asked_at = time.perf_counter()
         batch = next(run.batches).to(device)
         waited_s += time.perf_counter() - asked_at
         visits = list(zip(batch.samples, batch.visits, strict=True))
-        noised = run.objective.draw(batch.latents_BCHW, visits, step=state.step, first=len(names)).to(device)
+        drawn = run.objective.draw(batch.latents_BCHW, visits, step=state.step, first=count)
+        noised = drawn.to(device)
         with torch.autocast(device.type, run.autocast, enabled=run.autocast is not None):
             predicted = run.family.predict(run.denoiser, noised.latents_BCHW, noised.t_B, batch)
         loss = run.loss(predicted, noised, batch.mask_BHW) / run.accumulation
         loss.backward()
         total_loss += loss.detach()
-        names += batch.samples
+        used.append(Used(batch.samples, batch.captions, drawn.t_B))
+        count += len(batch.samples)
         if not batch.is_last_micro:
             continue
         rate = run.update.rate(state.step)
         norm = run.update.apply(state.step)
-        state.advance(batch.next_position, len(names))
-        facts = StepFacts(state.step, batch.position.epoch, rate, len(names), waited_s, tuple(names))
+        state.advance(batch.next_position, count)
+        facts = StepFacts(state.step, batch.position.epoch, rate, count, waited_s, tuple(used))
         run.metrics.record(facts, total_loss, norm)
         total_loss.zero_()
-        names, waited_s = [], 0.0
+        used, count, waited_s = [], 0, 0.0
         requests = run.requests.read()
         if run.due.checkpoint(state, requests):
             run.inspection.checkpoint(state, requests)

@@ -6,7 +6,6 @@ import json
 import math
 import resource
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simpletuner.errors import ExitCode, UserError
-from simpletuner.events import Event, EventType, NoticeData, Progress, Severity
+from simpletuner.events import Event, EventType, Progress
 from simpletuner.job import write_atomic
+from simpletuner.train.sentinel import Judged, Used
 
 _RING = 64
 _REPORT_INTERVAL_S = 1.0
-_DEAD_STEPS = 20
 _TRACKED = ("loss", "grad_norm", "learning_rate", "step_time_s", "epoch")
 Log = Callable[[int, dict[str, float | None]], None]
 
@@ -34,7 +32,7 @@ class StepFacts:
     rate: float
     samples: int
     wait_s: float
-    batch_names: tuple[str, ...]
+    used: tuple[Used, ...]
 
 
 class Metrics:
@@ -46,17 +44,18 @@ class Metrics:
         path: Path,
         total_steps: int,
         device: torch.device,
+        judge: Callable[[Judged], None],
         log: Log | None = None,
-        adapter: str | None = None,
     ) -> None:
-        """`log(step, values)` is told every step's numbers too: trackers. `adapter`: which one, if one is trained."""
+        """`judge` sees every step in order; `log(step, values)` is told its numbers too: trackers."""
+        self._judge = judge
         self._log = log
         self._emit = emit
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
         self._total = total_steps
         self._ring = torch.zeros(_RING, 2, device=device)
         self._facts: list[StepFacts] = []
-        self._watch = Watch(adapter)
         self._reported_at = -math.inf
         self._drained_at = time.monotonic()
         self._started_at: float | None = None
@@ -75,7 +74,7 @@ class Metrics:
         self._started_at = self._drained_at = time.monotonic()
 
     def drain(self) -> None:
-        """Write and judge every waiting step. Raises UserError `diverged` or `dead_run` (72)."""
+        """Write and judge every waiting step. Raises what the judge raises."""
         if not self._facts:
             return
         rows: list[list[float]] = self._ring[: len(self._facts)].tolist()
@@ -100,7 +99,14 @@ class Metrics:
         self._drained_at = self._reported_at = now
         self._report(facts[-1], rows[-1], step_time, now)
         for fact, (loss, norm) in zip(facts, rows, strict=True):
-            self._watch.see(fact, loss, norm, self._emit)
+            self._judge(Judged(fact.step, loss, norm, fact.used))
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after `step`: the run goes on from there."""
+        self._facts.clear()
+        self._file.close()
+        keep_metrics_until(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def _report(self, fact: StepFacts, row: list[float], step_time: float, now: float) -> None:
         left = self._total - fact.step
@@ -140,53 +146,6 @@ def keep_metrics_until(path: Path, step: int) -> None:
     kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
     if len(kept) < len(lines):
         write_atomic(path, b"".join(kept))
-
-
-class Watch:
-    """Judges steps in order: updates that were skipped for non-finite numbers, gradients that are zero everywhere."""
-
-    def __init__(self, adapter: str | None = None) -> None:
-        self._adapter = adapter
-        self._skipped: deque[bool] = deque(maxlen=100)
-        self._zeros = 0
-
-    def see(self, fact: StepFacts, loss: float, norm: float, emit: Callable[[Event], None]) -> None:
-        bad = not (math.isfinite(loss) and math.isfinite(norm))
-        self._skipped.append(bad)
-        self._zeros = self._zeros + 1 if norm == 0 else 0
-        if bad:
-            emit(_skipped_event(fact, loss, norm))
-        if bad and (sum(self._skipped) >= 10 or list(self._skipped)[-3:] == [True] * 3):
-            raise UserError(
-                "diverged",
-                f"Loss or gradient is not a number at step {fact.step}; {sum(self._skipped)} updates were skipped.",
-                hint="Lower --learning_rate, or train in fp32; the weights before it are in the last checkpoint.",
-                exit_code=ExitCode.DIVERGED,
-            )
-        # A loss of nothing, as of a batch that is masked all over, explains a gradient of nothing.
-        if self._adapter is not None and fact.step == 1 and norm == 0 and loss != 0 and not bad:
-            raise UserError(
-                "dead_run",
-                f"The gradient of the first step is exactly zero: the adapter ({self._adapter}) has no effect.",
-                hint="Check its multiplier and alpha, and that its modules take part in the forward pass.",
-                exit_code=ExitCode.DIVERGED,
-            )
-        if self._zeros >= _DEAD_STEPS:
-            raise UserError(
-                "dead_run",
-                f"The gradient has been exactly zero for {_DEAD_STEPS} steps: nothing is being trained.",
-                hint="Check --learning_rate, the adapter's targets and the data.",
-                exit_code=ExitCode.DIVERGED,
-            )
-
-
-def _skipped_event(fact: StepFacts, loss: float, norm: float) -> Event:
-    names = ", ".join(fact.batch_names)
-    message = f"Step {fact.step} was skipped: loss {loss}, gradient norm {norm}. Samples: {names}."
-    data = NoticeData(code="nonfinite_step", step=fact.step, samples=list(fact.batch_names))  # pyright: ignore[reportCallIssue]
-    return Event(
-        type=EventType.NOTIFICATION, severity=Severity.WARNING, title="Step skipped", message=message, data=data
-    )
 
 
 def peak_memory_bytes() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from simpletuner.data.plan import START, Position
+from simpletuner.train.best import Best
+from simpletuner.train.quarantine import Quarantine
 
 
 @dataclass(slots=True)
@@ -22,6 +24,8 @@ class TrainState:
     samples: int = 0
     ended_epoch: int | None = None
     """Epochs done, if the latest step finished one; nothing to restore."""
+    quarantine: Quarantine = field(default_factory=Quarantine)
+    best: Best = field(default_factory=Best)
 
     def advance(self, next_position: Position, samples: int) -> None:
         """A step is done; `next_position` is the plan's after its last group."""
@@ -31,11 +35,29 @@ class TrainState:
         self.samples += samples
 
     def as_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "position": asdict(self.position), "samples": self.samples}
+        return {
+            "step": self.step,
+            "position": asdict(self.position),
+            "samples": self.samples,
+            "strikes": self.quarantine.strikes,
+            "best": self.best.as_dict(),
+        }
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> TrainState:
-        return cls(step=row["step"], position=Position(**row["position"]), samples=row["samples"])
+        """Checkpoints from before there were strikes have none."""
+        return cls(
+            step=row["step"],
+            position=Position(**row["position"]),
+            samples=row["samples"],
+            quarantine=Quarantine.of(row.get("strikes", {})),
+            best=Best.from_dict(row.get("best", {})),
+        )
+
+    def go_back_to(self, earlier: TrainState) -> None:
+        """Take an earlier place, in this very object; what was learnt about samples stays."""
+        self.step, self.position, self.samples = earlier.step, earlier.position, earlier.samples
+        self.ended_epoch, self.best = None, earlier.best
 
 
 def seed_generators(seed: int) -> None:

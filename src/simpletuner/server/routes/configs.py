@@ -171,13 +171,15 @@ def get_config(
     core: CoreDep,
     name: str,
     response: Response,
-    config_type: Literal["model", "dataloader"] = "model",
+    config_type: Literal["model", "dataloader", "lycoris"] = "model",
     if_none_match: Annotated[str | None, Header(max_length=200)] = None,
 ) -> StoredConfigView | Response:
     """Only what was set; defaults are not shown."""
     name = core.environments.folder(name).name
     if config_type == "dataloader":
         content, _, etag = core.environments.read_dataloader(name)
+    elif config_type == "lycoris":
+        content, _, etag = core.environments.read_lycoris(name)
     else:
         content, etag = read_masked(core, name)
     if if_none_match == etag:

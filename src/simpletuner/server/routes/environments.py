@@ -269,6 +269,8 @@ def export_config(core: CoreDep, name: str, include_metadata: bool = True) -> di
     exported: dict[str, Any] = {"_metadata": core.environments.read_metadata(name) | notes, "config": config}
     if core.environments.dataloader_path(name).exists():
         exported["dataloader"] = core.environments.read_dataloader(name)[0]
+    if core.environments.lycoris_path(name).exists():
+        exported["lycoris"] = core.environments.read_lycoris(name)[0]
     return exported
 
 
@@ -285,6 +287,9 @@ def import_config(core: CoreDep, body: ImportRequest, response: Response) -> Edi
     if not isinstance(written, list | None):
         raise UserError("invalid_field", "dataloader is not a list.", pointer="/data/dataloader")
     datasets = cast(list[Any] | None, written)
+    lycoris = body.data.get("lycoris") if is_export else None
+    if not isinstance(lycoris, dict | None):
+        raise UserError("invalid_field", "lycoris is not an object.", pointer="/data/lycoris")
     kept = {key: notes[key] for key in ("description", "tags") if key in notes}
     if body.overwrite and name in core.environments.names():
         core.environments.write(name, config)
@@ -293,4 +298,6 @@ def import_config(core: CoreDep, body: ImportRequest, response: Response) -> Edi
             core.environments.write_dataloader(name, datasets)
     else:
         core.environments.create(core.environments.check_new_name(name), config, kept, datasets)
+    if lycoris is not None:
+        core.environments.write_lycoris(name, cast(dict[str, Any], lycoris))
     return edited(core, name, "imported", response)
