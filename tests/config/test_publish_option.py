@@ -95,6 +95,15 @@ def test_the_hub_comes_first(place: Place, monkeypatch: pytest.MonkeyPatch) -> N
     assert frozen_targets(config)[0].checkpoints
 
 
+def test_another_hub_repository_takes_checkpoints_too(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.test/")
+    value = [{"provider": "hub", "repo_id": "us/tiny"}]
+    found = place.resolve(publishing_config=value, model_card_private=False, model_card_note="x")
+    assert warnings(found) == {AT: "publishing_unavailable"}, "no token"
+    (target,) = frozen_targets(freeze(found)[0])
+    assert target.checkpoints and target.url("checkpoint-2") == "https://hub.test/us/tiny/tree/main/checkpoint-2"
+
+
 def test_what_the_hub_needs(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert errors(place.resolve(push_to_hub=True)) == {"/--hub_model_id": "incompatible_options"}
     assert errors(place.resolve(push_to_hub=True, hub_model_id="my model")) == {"/--hub_model_id": "bad_value"}

@@ -15,7 +15,8 @@ LARGE = (".safetensors", ".png")
 
 
 class HubServer(ThreadingHTTPServer):
-    """`failures`: statuses that the next commits are answered with; `before` is called ahead of each request."""
+    """`failures`: statuses that the next commits are answered with; `before` is called ahead of each request;
+    paths that begin with `refused` are forbidden."""
 
     daemon_threads = True
 
@@ -29,6 +30,7 @@ class HubServer(ThreadingHTTPServer):
         self.keys: dict[str, str | None] = {}
         self.commits: list[str] = []
         self.failures: list[int] = []
+        self.refused: str | None = None
         self.before: Callable[[str], None] = lambda path: None
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -98,7 +100,8 @@ class _Exchange(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path.replace(".git/", "/", 1)
         self.server.keys[path] = self.headers.get("Authorization")
         self.server.before(path)
-        status, value = self.server.answer(self.command, path, body)
+        refused = self.server.refused is not None and path.startswith(self.server.refused)
+        status, value = (403, {}) if refused else self.server.answer(self.command, path, body)
         content = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -180,6 +181,45 @@ def test_a_checkpoint_is_kept_while_it_is_uploaded(shared: TinyWorld, hub: HubSe
     ran = shared.run(output_dir="kept", **options, **TO_HUB)
     assert seen == [True] and [row["status"] for row in uploads(ran)] == ["completed"] * 3
     assert "checkpoint-2/training_state.json" in hub.files
+
+
+def offline(hub: HubServer, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def refusing(hub: HubServer, patch: pytest.MonkeyPatch) -> None:
+    hub.failures = [403]
+
+
+def refusing_lfs(hub: HubServer, patch: pytest.MonkeyPatch) -> None:
+    hub.refused = "/lfs/"
+
+
+def cutting(hub: HubServer, patch: pytest.MonkeyPatch) -> None:
+    hub.before = lambda path: hub.files.update(dict.fromkeys(hub.files, b"")) if "paths-info" in path else None
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        (offline, "HF_HUB_OFFLINE"),
+        (refusing, "403"),
+        (refusing_lfs, "b.safetensors"),
+        (cutting, "c/a.json is not in me/tiny as it is here."),
+    ],
+)
+def test_what_a_hub_refuses_is_said(
+    shared: TinyWorld, tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch, state: Any, reason: str
+) -> None:
+    job = shared.job(output_dir="refused", **TO_HUB)
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "b.safetensors").write_bytes(bytes(1000))
+    write_manifest(tmp_path, [tmp_path / "a.json", tmp_path / "b.safetensors"], 1)
+    state(hub, monkeypatch)
+    words = [sys.executable, "-m", "simpletuner.train.upload", str(job.root), "0", str(tmp_path), "c", MANIFEST]
+    ended = subprocess.run(words, check=False, capture_output=True, text=True)
+    said = json.loads(ended.stdout.splitlines()[-1])
+    assert ended.returncode == 1 and reason in said["reason"]
 
 
 @pytest.mark.parametrize("command", [CommandName.CANCEL, pytest.param(CommandName.STOP, marks=pytest.mark.slow)])

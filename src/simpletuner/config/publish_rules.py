@@ -47,11 +47,11 @@ def publish_rule(at: Situation) -> Iterator[Problem]:
     if at.values["push_to_hub"] and (hub_id is None or not re.match(REPOSITORY, hub_id)):
         return
     targets = frozen_targets(at.values)
-    for number, target in enumerate(targets):
+    for target in targets:
         if isinstance(target, HubTarget):
             yield from _hub_access(target, at)
         else:
-            yield from _s3_access(target, number - bool(at.values["push_to_hub"]))
+            yield from _s3_access(target)
     yield from _without_effect(at, targets)
 
 
@@ -76,7 +76,7 @@ def _hub_access(target: HubTarget, at: Situation) -> Iterator[Problem]:
         yield warning_about("publishing_unavailable", option, message, "Set HF_TOKEN, or log in with `hf auth login`.")
 
 
-def _s3_access(target: S3Target, number: int) -> Iterator[Problem]:
+def _s3_access(target: S3Target) -> Iterator[Problem]:
     if not _is_installed("boto3"):
         yield error_about(
             "publishing_unavailable", OPTION, f"Publishing to {target.provider} needs boto3.", "pip install boto3"
