@@ -97,6 +97,8 @@ class JobSpec(_Record):
     num_processes: int = 1
     devices: list[int] = Field(default_factory=list[int])
     stop_grace_s: float = 600.0
+    continues: bool = False
+    """Launched again: it goes on from its own latest checkpoint, whatever it was told to begin with."""
 
 
 class ExitRecord(_Record):

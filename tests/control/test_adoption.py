@@ -74,3 +74,34 @@ def test_killed_processes_are_seen_in_two_seconds(server: ServerProcess) -> None
     server.wait_status(job_id, "lost", within_s=2)
     assert processes_of(server.folder(job_id)) == []
     assert server.get("/api/system/status?include_allocation=true")["gpu_allocation"]["allocated_gpus"] == []
+
+
+def test_a_paused_job_gives_its_devices_back_and_goes_on_when_resumed(server: ServerProcess) -> None:
+    first = server.start_job(max_train_steps=600)["job_id"]
+    server.wait_status(first, "running")
+    answer = server.http.post(f"/api/jobs/{first}/pause")
+    assert answer.status_code == 202 and answer.json()["status"] == "stopping"
+    paused = server.wait_status(first, "queued")
+    assert paused["attempt"] == 1 and paused["allocated_gpus"] is None and "Paused" in paused["status_reason"]
+    second = server.start_job(max_train_steps=5, output_dir="other")["job_id"]
+    server.wait_status(second, "completed")
+    server.kill()
+    server.start()
+    assert server.get(f"/api/jobs/{first}")["job"]["status"] == "queued", "the pause outlives the server"
+    assert server.http.post(f"/api/jobs/{first}/pause").json()["code"] == "job_not_running"
+    assert server.http.post(f"/api/jobs/{first}/resume").status_code == 202
+    server.wait_status(first, "running", "completed")
+    assert server.folder(first).read_spec().continues
+    assert server.http.post(f"/api/jobs/{first}/resume").json()["code"] == "job_not_running"
+    server.http.post(f"/api/jobs/{first}/cancel")
+    server.wait_status(first, "cancelled", "completed")
+    moves = [event["data"]["to"] for event in server.events(types="job.status") if event["job_id"] == first]
+    assert moves[:6] == ["queued", "starting", "running", "stopping", "queued", "starting"]
+
+
+def test_cancel_wins_over_a_pause(server: ServerProcess) -> None:
+    job_id = server.start_job()["job_id"]
+    server.wait_status(job_id, "running")
+    server.http.post(f"/api/jobs/{job_id}/pause")
+    server.http.post(f"/api/jobs/{job_id}/cancel")
+    assert server.wait_status(job_id, "cancelled")["is_terminal"]

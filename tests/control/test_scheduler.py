@@ -155,3 +155,19 @@ def test_waiting_raises_priority_up_to_twenty() -> None:
     old = job("a", queued_at=NOW - timedelta(minutes=25))
     assert effective_priority(old, NOW) == 12
     assert effective_priority(replace(old, queued_at=NOW - timedelta(days=9)), NOW) == 30
+
+
+@given(situations(), st.data())
+def test_a_paused_job_neither_starts_nor_stands_in_the_way(
+    situation: tuple[list[Candidate], list[Occupant], list[Device], Limits], data: st.DataObject
+) -> None:
+    queue, running, machine, limits = situation
+    paused = {job.job_id for job in queue if data.draw(st.booleans())}
+    held = [replace(job, is_paused=job.job_id in paused) for job in queue]
+    answers = {answer.job_id: answer for answer in plan(held, running, machine, limits, NOW)}
+    without = plan([job for job in queue if job.job_id not in paused], running, machine, limits, NOW)
+    for name in paused:
+        answer = answers[name]
+        assert isinstance(answer, Wait) and answer.reason_code == "paused"
+    starts = {answer.job_id: answer.devices for answer in without if isinstance(answer, Start)}
+    assert {name: answer.devices for name, answer in answers.items() if isinstance(answer, Start)} == starts

@@ -345,3 +345,18 @@ def test_a_full_cache_changes_nothing(world: TinyWorld) -> None:
     cold, warm = (world.run(output_dir=name, **LONG) for name in ("cold", "warm"))
     assert warm.notices("cache_report")[0]["data"]["encoded"] == 0 < cold.notices("cache_report")[0]["data"]["encoded"]
     same_end(cold, warm)
+
+
+def test_a_job_that_is_launched_again_goes_on_whatever_it_was_told(world: TinyWorld) -> None:
+    """A pause, a lost worker: from its own checkpoint, not from one that an earlier job left in the folder."""
+    older = world.run(max_train_steps=6, checkpoint_step_interval=0)
+    assert older.code == 0
+    options = {"max_train_steps": 9, "resume_from_checkpoint": "", "checkpoint_step_interval": 4}
+    job = world.job(**options)
+    job.write_spec(job.read_spec().model_copy(update={"continues": True}))
+    fresh = world.main(job)
+    assert fresh.code == 0 and fresh.of_type("training.status")[0]["data"]["status"] == "running"
+    (fresh.output / "checkpoint-9" / "checkpoint_manifest.json").unlink()
+    again = world.main(job)
+    statuses = [event["data"] for event in again.of_type("training.status") if event["data"]["status"] == "resumed"]
+    assert [status["resumed_from"] for status in statuses] == ["checkpoint-8"]

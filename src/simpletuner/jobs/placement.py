@@ -56,7 +56,7 @@ class Placement:
 
     def _plan(self, queued: Sequence[JobRow], extra: NewJob | None = None) -> list[Start | Wait]:
         now = datetime.now(UTC)
-        queue = [_candidate(job, job.position, _moment(job.queued_at, now)) for job in queued]
+        queue = [_candidate(job, job.position, _moment(job.queued_at, now), is_paused=job.paused) for job in queued]
         if extra is not None:
             order = 1 + max((job.position for job in queued), default=0)
             queue.append(_candidate(extra, order, now))
@@ -68,7 +68,7 @@ class Placement:
 
     def _start(self, job: JobRow, devices: tuple[int, ...]) -> None:
         folder = self.job_dir(job.job_id)
-        self._prepare(folder, job.attempt, devices)
+        self._prepare(folder, job, devices)
         leased = Move(
             job_id=job.job_id, from_=JobStatus.QUEUED, to=JobStatus.STARTING, attempt=job.attempt, devices=devices
         )
@@ -87,10 +87,11 @@ class Placement:
                 )
             )
 
-    def _prepare(self, folder: JobDir, attempt: int, devices: tuple[int, ...]) -> None:
+    def _prepare(self, folder: JobDir, job: JobRow, devices: tuple[int, ...]) -> None:
         """What an earlier attempt left would be taken for this one's."""
         spec = folder.read_spec()
-        folder.write_spec(spec.model_copy(update={"attempt": attempt, "devices": list(devices)}))
+        changes = {"attempt": job.attempt, "devices": list(devices), "continues": job.started_at is not None}
+        folder.write_spec(spec.model_copy(update=changes))
         for stale in (folder.root / "exit.json", folder.commands_path, folder.lock_path):
             stale.unlink(missing_ok=True)
 
@@ -108,7 +109,7 @@ class Placement:
         return [folder.name for folder in strays]
 
 
-def _candidate(job: NewJob, order: int, queued_at: datetime) -> Candidate:
+def _candidate(job: NewJob, order: int, queued_at: datetime, *, is_paused: bool = False) -> Candidate:
     return Candidate(
         job_id=job.job_id,
         order=order,
@@ -118,6 +119,7 @@ def _candidate(job: NewJob, order: int, queued_at: datetime) -> Candidate:
         preferred=job.preferred_devices,
         any_gpu=job.any_gpu,
         output_dir=job.output_dir,
+        is_paused=is_paused,
     )
 
 

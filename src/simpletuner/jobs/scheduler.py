@@ -12,7 +12,7 @@ from simpletuner.jobs.devices import Device
 AGEING_STEP_S = 600.0
 AGEING_MOST = 20
 
-ReasonCode = Literal["gpus_busy", "gpu_limit", "job_limit", "output_dir_busy", "behind_head"]
+ReasonCode = Literal["gpus_busy", "gpu_limit", "job_limit", "output_dir_busy", "behind_head", "paused"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,8 @@ class Candidate:
     preferred: tuple[int, ...] = ()
     any_gpu: bool = False
     output_dir: str = ""
+    is_paused: bool = False
+    """It waits for nobody and stands in nobody's way."""
 
     @property
     def wanted(self) -> tuple[int, ...]:
@@ -110,6 +112,8 @@ class _Board:
         self._reserved: frozenset[int] = frozenset()
 
     def place(self, job: Candidate) -> Start | _Refusal:
+        if job.is_paused:
+            return "paused", "Paused, until it is resumed."
         holder = self._output_dirs.get(job.output_dir)
         if holder is not None:
             return "output_dir_busy", f"Output folder {job.output_dir} is used by job {holder}."

@@ -110,6 +110,19 @@ class Supervisor:
             self.wake()
             return self._job(job_id)
 
+    def pause(self, job_id: str) -> JobRow:
+        """Have a job save, give its devices back and wait in the queue until it is resumed."""
+        with self._lock:
+            self._store.jobs.set_paused(job_id, True)
+            return self.request_end(job_id, "yield")
+
+    def resume(self, job_id: str) -> JobRow:
+        with self._lock:
+            self._store.jobs.set_paused(job_id, False)
+            self._requested = True
+            self.wake()
+            return self._job(job_id)
+
     async def run(self) -> None:
         """Until `close`. A round that fails is logged and the next one tried."""
         self._loop = asyncio.get_running_loop()

@@ -58,6 +58,23 @@ def cancel(core: Core, job_id: str | None) -> tuple[ControlAnswer, bool]:
     return ControlAnswer(message=message, job_id=job.job_id, status=job.status), True
 
 
+def pause(core: Core, job_id: str) -> ControlAnswer:
+    job = core.job(job_id)
+    if job.status not in {JobStatus.STARTING, JobStatus.RUNNING}:
+        raise UserError("job_not_running", f"Job {job_id} is {job.status}: only a running job can be paused.")
+    job = core.supervisor.pause(job_id)
+    return ControlAnswer(message="Pausing after the current step", job_id=job_id, status=job.status)
+
+
+def resume(core: Core, job_id: str) -> ControlAnswer:
+    """Also of a job that is still on its way to its pause."""
+    job = core.job(job_id)
+    if not job.paused or job.status.is_terminal:
+        raise UserError("job_not_running", f"Job {job_id} is {job.status} and not paused.")
+    job = core.supervisor.resume(job_id)
+    return ControlAnswer(message="Goes on as soon as its devices are free", job_id=job_id, status=job.status)
+
+
 def request_step(core: Core, job_id: str | None, what: Literal["validate", "checkpoint"]) -> RequestAnswer:
     """Have the trainer validate or checkpoint after its next gradient sync."""
     job = find_active(core, job_id)

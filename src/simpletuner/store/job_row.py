@@ -40,6 +40,7 @@ class JobRow(NewJob):
     completed_at: str | None = None
     exit: dict[str, Any] | None = None
     wait: dict[str, Any] | None = None
+    paused: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -70,6 +70,11 @@ class JobStore:
             )
         return changed.rowcount > 0
 
+    def set_paused(self, job_id: str, paused: bool) -> None:
+        """Whether the job is held back while it is queued."""
+        with self._database.write() as connection:
+            connection.execute(update(jobs).where(jobs.c.job_id == job_id).values(paused=paused))
+
     def announce_waits(self, waits: Mapping[str, JobWaitingData]) -> None:
         """Remember why queued jobs wait, with an event for each, in one transaction. Give only what changed."""
         with self._database.write() as connection:

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    false,
+)
 
 state_metadata = MetaData()
 events_metadata = MetaData()
@@ -34,6 +47,7 @@ jobs = Table(
     Column("completed_at", String(32)),
     Column("exit", JSON),
     Column("wait", JSON),  # last announced {position, reason, reason_code}
+    Column("paused", Boolean, nullable=False, server_default=false()),  # held back while queued
     Index("ix_jobs_status", "status"),
     sqlite_autoincrement=True,
 )

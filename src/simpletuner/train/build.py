@@ -94,8 +94,7 @@ def build_run(job: JobDir, reporter: Reporter, requests: RequestReader) -> Built
     torch.set_flush_denormal(True)
     assert config.run.seed is not None
     seed_generators(config.run.seed)
-    output_dir = Path(spec.output_dir)
-    make_output_dir(output_dir)
+    make_output_dir(Path(spec.output_dir))
     family = build_family(config, family_spec)
     prompts = plan_prompts(config.validation)
     texts = [prompt.text for prompt in prompts] + [config.validation.validation_negative_prompt]
@@ -104,7 +103,7 @@ def build_run(job: JobDir, reporter: Reporter, requests: RequestReader) -> Built
     memory = plan_memory(config, family_spec, manifests, device)
     reporter.predicted_bytes = memory.predicted_bytes()
     inputs = preparation.encode(manifests, texts, memory)
-    return _Builder(config, family, inputs, output_dir, reporter, requests, device, memory, job).build()
+    return _Builder(config, family, inputs, job, reporter, requests, device, memory).build()
 
 
 class _Builder:
@@ -115,19 +114,19 @@ class _Builder:
         config: TrainConfig,
         family: Family,
         inputs: Inputs,
-        output_dir: Path,
+        job: JobDir,
         reporter: Reporter,
         requests: RequestReader,
         device: torch.device,
         memory: MemoryPlan,
-        job: JobDir,
     ) -> None:
         self._config = config
+        self._spec = job.read_spec()
         self._job = job
         self._memory = memory
         self._family = family
         self._inputs = inputs
-        self._output_dir = output_dir
+        self._output_dir = Path(self._spec.output_dir)
         self._reporter = reporter
         self._requests = requests
         self._device = device
@@ -139,8 +138,13 @@ class _Builder:
         config, reporter = self._config, self._reporter
         plan = self._inputs.plan(self._seed)
         total = total_steps(config, plan)
-        facts = run_facts(config, self._inputs.fingerprint())
-        point = find_resume_point(config.checkpoint.resume_from_checkpoint, self._output_dir, reporter)
+        facts = run_facts(config, self._inputs.fingerprint(), self._spec.job_id)
+        point = find_resume_point(
+            config.checkpoint.resume_from_checkpoint,
+            self._output_dir,
+            reporter,
+            own_job=self._spec.job_id if self._spec.continues else None,
+        )
         if point is not None and not check_resume(point, facts, config, reporter):
             point.state.position = plan.position_after(point.state.samples // plan.group_size)
         remove_temporary(self._output_dir)

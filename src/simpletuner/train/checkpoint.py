@@ -133,11 +133,17 @@ class ResumePoint:
     record: dict[str, Any]
 
 
-def find_resume_point(option: str | None, output_dir: Path, reporter: Reporter) -> ResumePoint | None:
+def find_resume_point(
+    option: str | None, output_dir: Path, reporter: Reporter, *, own_job: str | None = None
+) -> ResumePoint | None:
     """The checkpoint that `resume_from_checkpoint` means, verified byte for byte; None for a fresh start.
+
+    `own_job`: the job goes on that was launched before: its own latest checkpoint is meant, if it has one already.
 
     Raises UserError `checkpoint_not_found` (64) when one was named and is not there or not whole.
     """
+    if own_job is not None and (own := _find_latest(output_dir, reporter, own_job)) is not None:
+        return own
     if option is None:
         return None
     if option == "latest":
@@ -155,14 +161,17 @@ def find_resume_point(option: str | None, output_dir: Path, reporter: Reporter) 
     return _point(named[0])
 
 
-def _find_latest(output_dir: Path, reporter: Reporter) -> ResumePoint | None:
+def _find_latest(output_dir: Path, reporter: Reporter, own_job: str | None = None) -> ResumePoint | None:
     for folder in list_checkpoints(output_dir):
         faults = find_faults(folder.path)
-        if not faults:
+        if not faults and own_job in (None, folder.read_state().get("job_id")):
             return _point(folder)
+        if not faults:
+            continue
         message = f"{folder.name} is broken and is not used: {'; '.join(faults[:3])}."
         reporter.warn("checkpoint_broken", message, hint="An older one is tried.")
-    reporter.notify("fresh_start", "There is no checkpoint to resume: the run starts at step 0.")
+    if own_job is None:
+        reporter.notify("fresh_start", "There is no checkpoint to resume: the run starts at step 0.")
     return None
 
 
@@ -195,10 +204,11 @@ def load_checkpoint(point: ResumePoint, trained: Trained, update: Update, device
     restore_rng(load_file(point.folder.path / RNG))
 
 
-def run_facts(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
+def run_facts(config: TrainConfig, data_fingerprint: str, job_id: str) -> dict[str, Any]:
     """What a checkpoint says of its run, and what a resumed run is compared with."""
     base = config.precision.base_model_precision
     return {
+        "job_id": job_id,
         "family": config.model.model_family,
         "model_type": config.model.model_type,
         "lora_type": config.adapter.lora_type if config.model.model_type == "lora" else None,

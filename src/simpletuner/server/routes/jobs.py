@@ -157,6 +157,21 @@ def cancel_job(core: CoreDep, job_id: str, response: Response) -> ControlAnswer:
     return answer
 
 
+PAUSE_ERRORS = error_responses("unknown_job", "job_not_running")
+
+
+@router.post("/{job_id}/pause", operation_id="pause_job", status_code=202, responses=PAUSE_ERRORS)
+def pause_job(core: CoreDep, job_id: str) -> ControlAnswer:
+    """Save after the current step, give the devices back, wait in the queue until resumed."""
+    return control.pause(core, job_id)
+
+
+@router.post("/{job_id}/resume", operation_id="resume_job", status_code=202, responses=PAUSE_ERRORS)
+def resume_job(core: CoreDep, job_id: str) -> ControlAnswer:
+    """Let a paused job go on from where it was."""
+    return control.resume(core, job_id)
+
+
 STEP_ERRORS = error_responses("no_active_job", "unknown_job", "job_not_stepping")
 
 
