@@ -128,7 +128,7 @@ class S3:
             extra = {"Metadata": {"sha256": facts["sha256"]}}
             self._client.upload_fileobj(content, bucket, key, ExtraArgs=extra, Config=parts)
             head: Mapping[str, Any] = self._client.head_object(Bucket=bucket, Key=key)
-        etag = head["ETag"].strip('"')
+        etag = str(head.get("ETag", "")).strip('"')
         # Under keys of its own the server's tag is not the MD5 of what was sent.
         is_md5 = head.get("ServerSideEncryption") != "aws:kms" and "SSECustomerAlgorithm" not in head
         is_same = not is_md5 or len(etag.partition("-")[0]) != 32 or etag == _etag(file)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from simpletuner.checkpoints import MANIFEST, write_manifest
 from simpletuner.config.lycoris import FILE
@@ -80,7 +80,7 @@ class Publisher:
     def _prepare(self, step: int, exported: Path) -> Path | None:
         """The folder of what is published, with card and manifest in it."""
         folder = exported if exported.is_dir() else exported.parent
-        title = next((t.repo_id for t in self._targets if t.provider == "hub"), None) or self._job_output().name
+        title = Path(self._job.read_spec().output_dir).name
         try:
             written = self._card.write(folder, title, step)
             files = sorted({*_result_files(exported), *written} - {folder / RESULT_MANIFEST})
@@ -90,9 +90,6 @@ class Publisher:
             self._reporter.warn("publishing_failed", message, hint=f"It lies whole in {exported}.")
             return None
         return folder
-
-    def _job_output(self) -> Path:
-        return Path(self._job.read_spec().output_dir)
 
     def _start(self, number: int, folder: Path, place: str, manifest: str, step: int, *, is_final: bool) -> None:
         target = self._targets[number]
@@ -105,14 +102,12 @@ class Publisher:
     def _tell(self, target: Target, folder: Path, ended: HookData, **facts: Any) -> None:
         """At the end of an upload, in the thread that waited for it."""
         said = _last_line(ended.output_tail)
+        if ended.status == "completed":
+            facts |= {"num_files": said.get("num_files", 0), "bytes": said.get("bytes", 0)}
+        else:
+            facts["reason"] = said.get("reason") or f"It said nothing ({ended.status}, exit code {ended.exit_code})."
         status = "failed" if ended.status == "timed_out" else ended.status
-        reason = (
-            None if status == "completed" else said.get("reason") or f"The upload {ended.status.replace('_', ' ')}."
-        )
-        counted = {name: said[name] for name in ("num_files", "bytes") if status == "completed"}
-        data = UploadData(
-            provider=target.provider, status=status, seconds=ended.seconds, reason=reason, **counted, **facts
-        )
+        data = UploadData(provider=target.provider, status=status, seconds=ended.seconds, **facts)
         self._reporter.upload(data)
         if status == "completed":
             self._hooks.start(AFTER_UPLOAD, data.step, folder, remote=data.url)
@@ -130,6 +125,7 @@ def _last_line(output: str) -> dict[str, Any]:
     """What `train.upload` said; the words of a program that broke are its reason."""
     last = ([line for line in output.splitlines() if line.strip()] or [""])[-1]
     try:
-        return json.loads(last)
+        said = json.loads(last)
     except ValueError:
-        return {"reason": last[-500:]}
+        said = None
+    return cast(dict[str, Any], said) if isinstance(said, dict) else {"reason": last[-500:]}
