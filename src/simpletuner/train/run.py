@@ -18,6 +18,7 @@ from simpletuner.train.metrics import peak_memory_bytes
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import RequestReader
 from simpletuner.train.sentinel import RollBack
+from simpletuner.train.sheet import publish_sheet
 
 
 def execute(job: JobDir, reporter: Reporter, requests: RequestReader) -> ExitCode:
@@ -26,7 +27,9 @@ def execute(job: JobDir, reporter: Reporter, requests: RequestReader) -> ExitCod
     try:
         outcome = _loop(built, reporter)
         if outcome == "completed":
-            _finish(built, reporter, Path(job.read_spec().output_dir))
+            _finish(built, reporter, job)
+        elif outcome != "cancel":
+            publish_sheet(Path(job.read_spec().output_dir), job.artifacts, reporter)
         built.inspection.finish()
     finally:
         built.close()
@@ -67,13 +70,14 @@ def _roll_back(built: Built, reporter: Reporter) -> None:
     reporter.notify("rolled_back", f"The run goes on from {point.folder.name}.", step=run.state.step)
 
 
-def _finish(built: Built, reporter: Reporter, output_dir: Path) -> None:
-    state, inspection = built.run.state, built.inspection
+def _finish(built: Built, reporter: Reporter, job: JobDir) -> None:
+    state, inspection, output_dir = built.run.state, built.inspection, Path(job.read_spec().output_dir)
     built.metrics.drain()
     inspection.final_checkpoint(state)
     pipeline = inspection.export()
     inspection.measure(state)
     inspection.final_validation(state.step, pipeline)
+    publish_sheet(output_dir, job.artifacts, reporter)
     inspection.publisher.publish(state.step, pipeline)
     inspection.finish()
     with reporter.stage("training_complete", "Done"):

@@ -108,7 +108,8 @@ def list_artifacts(core: CoreDep, job_id: str) -> list[Artifact]:
     """Of what the job's events refer to, the files that are still there."""
     core.job(job_id)
     found: dict[str, Artifact] = {}
-    for event in core.store.events.of_type(job_id, EventType.VALIDATION_IMAGE):
+    kinds = (EventType.VALIDATION_IMAGE, EventType.NOTIFICATION)
+    for event in [event for kind in kinds for event in core.store.events.of_type(job_id, kind)]:
         body = event.as_dict()
         for kind, medium in media_of(body):
             artifact_id = str(medium["artifact_id"])
