@@ -53,14 +53,17 @@ def list_checkpoints(output_dir: Path) -> list[CheckpointFolder]:
     if not output_dir.is_dir():
         return []
     found = [(int(match[1]), path) for path in output_dir.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [CheckpointFolder(path, step, _read_manifest(path)) for step, path in sorted(found, reverse=True)]
+    return [CheckpointFolder(path, step, read_manifest(path)) for step, path in sorted(found, reverse=True)]
 
 
-def find_faults(folder: Path) -> list[str]:
-    """What keeps a checkpoint from being whole: each sentence names a file. Empty for a good one."""
-    manifest = _read_manifest(folder)
+def find_faults(folder: Path, name: str = MANIFEST) -> list[str]:
+    """What keeps a checkpoint from being whole: each sentence names a file. Empty for a good one.
+
+    `name`: of the manifest, where the folder is something else that has one.
+    """
+    manifest = read_manifest(folder, name)
     if manifest is None:
-        return [f"{MANIFEST} is missing or unreadable"]
+        return [f"{name} is missing or unreadable"]
     faults: list[str] = []
     for name, entry in manifest["files"].items():
         path = folder / name
@@ -84,20 +87,25 @@ def temporary_folder(output_dir: Path, step: int) -> Path:
 
 def complete_checkpoint(folder: Path, output_dir: Path, step: int) -> CheckpointFolder:
     """Fsync every file, write the manifest last, rename: from then on it is a checkpoint, before it is nothing."""
-    files: dict[str, Any] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in paths:
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": hash_file(path)}
     for inner in (path for path in folder.rglob("*") if path.is_dir()):
         fsync_folder(inner)
-    write_atomic(folder / MANIFEST, json.dumps({"step": step, "files": files}, indent=1).encode())
+    write_manifest(folder, paths, step)
     place = output_dir / f"checkpoint-{step}"
     if place.exists():
         _remove(place)
     folder.rename(place)
     fsync_folder(output_dir)
-    return CheckpointFolder(place, step, _read_manifest(place))
+    return CheckpointFolder(place, step, read_manifest(place))
+
+
+def write_manifest(folder: Path, paths: list[Path], step: int, name: str = MANIFEST) -> None:
+    """Size and SHA-256 of files in `folder`."""
+    files = {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": hash_file(path)} for path in paths}
+    write_atomic(folder / name, json.dumps({"step": step, "files": files}, indent=1).encode())
 
 
 def prune_checkpoints(output_dir: Path, limit: int, keep: frozenset[str] = frozenset()) -> list[str]:
@@ -133,9 +141,10 @@ def _temporary(output_dir: Path) -> Iterator[Path]:
         yield from (path for path in output_dir.iterdir() if _TEMPORARY.fullmatch(path.name))
 
 
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any] | None:
+    """None where there is none, or one that nobody of ours wrote."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / name).read_text())
     except (OSError, ValueError):
         return None
     return cast(dict[str, Any], manifest) if _is_manifest(manifest) else None

@@ -32,6 +32,7 @@ class EventType(StrEnum):
     TRAINING_CHECKPOINT = "training.checkpoint"
     TRAINING_VALIDATION = "training.validation"
     VALIDATION_IMAGE = "validation.image"
+    TRAINING_UPLOAD = "training.upload"
     TRAINING_HOOK = "training.hook"
     TRAINING_SUMMARY = "training.summary"
     LOG = "log"
@@ -145,6 +146,21 @@ class ValidationImageData(_Part):
     index: int = 0
 
 
+class UploadData(_Part):
+    """One upload to one provider, at its end; `url` is where it is, or would have been."""
+
+    provider: str
+    url: str
+    status: Literal["completed", "failed", "cancelled"]
+    step: int
+    label: str
+    is_final: bool = False
+    num_files: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    reason: str | None = None
+
+
 class HookData(_Part):
     """One program of the user's, at its end; `argv` with `{env:NAME}` as it was written."""
 
@@ -199,6 +215,7 @@ PAYLOADS: dict[EventType, type[BaseModel]] = {
     EventType.TRAINING_CHECKPOINT: NoData,
     EventType.TRAINING_VALIDATION: ValidationData,
     EventType.VALIDATION_IMAGE: ValidationImageData,
+    EventType.TRAINING_UPLOAD: UploadData,
     EventType.TRAINING_HOOK: HookData,
     EventType.TRAINING_SUMMARY: SummaryData,
     EventType.LOG: LogData,

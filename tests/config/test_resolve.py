@@ -202,7 +202,7 @@ RULES: list[tuple[dict[str, Any], str, str]] = [
     ({"post_checkpoint_script": "notify 'it"}, "/--post_checkpoint_script", "bad_script"),
     ({"post_checkpoint_script": " "}, "/--post_checkpoint_script", "bad_script"),
     ({"post_checkpoint_script": "notify {env:NOT_SET_ANYWHERE}"}, "/--post_checkpoint_script", "env_not_set"),
-    ({"post_upload_script": "notify"}, "/--post_upload_script", "option_not_supported_yet"),
+    ({"post_upload_script": "notify {x}"}, "/--post_upload_script", "unknown_placeholder"),
     ({"mixed_precision": "fp16"}, "/--mixed_precision", "option_not_supported_yet"),
     ({"model_flavour": "900M-1024-v0.8"}, "/--model_flavour", "unknown_flavour"),
     ({"timestep_bias_strategy": "range", "timestep_bias_begin": 500, "timestep_bias_end": 500},

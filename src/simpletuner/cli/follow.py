@@ -8,7 +8,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Self
 
-_SHOWN = frozenset({"training.status", "training.checkpoint", "training.validation", "training.metric", "notification"})
+_SHOWN = frozenset(
+    {
+        "training.status",
+        "training.checkpoint",
+        "training.validation",
+        "training.metric",
+        "training.upload",
+        "notification",
+    }
+)
 """The error of a failed run is not among them: who follows a run says at its end how it ended."""
 _QUIET_STAGES = frozenset({"checkpoint_save", "validation", "training_complete", "training_abort"})
 _MARKS = {"warning": "! ", "error": "✗ ", "critical": "✗ ", "success": "✓ "}

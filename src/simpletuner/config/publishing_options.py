@@ -32,8 +32,37 @@ class PublishingOptions(OptionGroup):
     post_checkpoint_script: Annotated[str | None, Ui(tab="publishing", order=6, runs_command=True)] = None
     """Command that is run beside training after each checkpoint; `{placeholders}` are filled, there is no shell."""
 
-    post_upload_script: Annotated[str | None, Ui(tab="publishing", order=7, later=True, runs_command=True)] = None
-    """Command that is run after each upload."""
+    post_upload_script: Annotated[str | None, Ui(tab="publishing", order=7, runs_command=True)] = None
+    """Command that is run beside training after each upload, with its address as `{remote_checkpoint_path}`."""
+
+    push_to_hub: Annotated[bool, Ui(tab="publishing", order=8)] = False
+    """Upload the result, with a model card, to the Hugging Face repository `hub_model_id`."""
+
+    push_checkpoints_to_hub: Annotated[bool, Ui(tab="publishing", order=9)] = False
+    """Upload each checkpoint there too, as `checkpoint-<step>/`."""
+
+    hub_model_id: Annotated[str | None, Ui(tab="publishing", order=10)] = None
+    """Repository `owner/name`; it is created if it is not there. Also `{huggingface_path}` of a script."""
+
+    publishing_config: Annotated[
+        str | dict[str, Any] | list[Any] | None,
+        Ui(tab="publishing", order=11, structured=True, secret=True),
+    ] = None
+    """More places for results and checkpoints: an object or a list of `{provider: s3 or backblaze_b2, bucket, prefix,
+    endpoint_url, region, access_key_id, secret_access_key, public_url, checkpoints}` or `{provider: hub, repo_id,
+    checkpoints}`, as JSON or the path of a JSON file; keys as `{env:NAME}`."""
+
+    model_card_private: Annotated[bool, Ui(tab="publishing", order=12)] = True
+    """Whether a hub repository that is created is private; one that exists stays as it is."""
+
+    model_card_safe_for_work: Annotated[bool, Ui(tab="publishing", order=13)] = False
+    """Leave the tag `not-for-all-audiences` out of the model card."""
+
+    model_card_note: Annotated[str | None, Ui(tab="publishing", order=14)] = None
+    """Markdown of yours in the model card."""
+
+    modelspec_comment: Annotated[str | None, Ui(tab="publishing", order=15)] = None
+    """`modelspec.comment` in the header of an adapter's files."""
 
 
 TRACKERS = ("wandb", "tensorboard")

@@ -14,11 +14,9 @@ ema_update_interval ema_warmup_steps ema_cpu_only checkpoint_epoch_interval chec
 checkpoints_rolling_total_limit delete_invalid_checkpoints memory_budget
 disk_low_threshold disk_low_action disk_low_script validate_after_step validate_after_epoch validation_randomize
 validation_prompt_library validation_seed_source validation_guidance_rescale validation_using_datasets
-validation_multigpu logging_dir push_to_hub push_checkpoints_to_hub push_to_hub_background hub_model_id
-publishing_config model_card_private model_card_safe_for_work model_card_note modelspec_comment
-print_sampler_statistics aspect_bucket_worker_count max_workers torch_num_threads enable_multiprocessing
-aws_max_pool_connections vae_cache_ondemand vae_cache_disable text_cache_ondemand text_cache_disable
-compress_disk_cache vae_enable_tiling vae_enable_slicing skip_file_discovery parquet_caption_column
+validation_multigpu logging_dir print_sampler_statistics aspect_bucket_worker_count max_workers torch_num_threads
+enable_multiprocessing aws_max_pool_connections vae_cache_ondemand vae_cache_disable text_cache_ondemand
+text_cache_disable compress_disk_cache vae_enable_tiling vae_enable_slicing skip_file_discovery parquet_caption_column
 parquet_filename_column num_machines machine_rank main_process_ip main_process_port accelerate_extra_args
 find_unused_parameters fsdp_enable fsdp_version fsdp_reshard_after_forward fsdp_state_dict_type fsdp_auto_wrap_policy
 fsdp_transformer_layer_cls_to_wrap fsdp_cpu_offload dynamo_backend dynamo_mode dynamo_fullgraph dynamo_dynamic
@@ -49,6 +47,7 @@ NO_EFFECT: dict[str, str] = {
     "set_grads_to_none": "gradients live in one buffer that is reused",
     "ema_foreach_disable": "the moving average is one operation on one buffer",
     "checkpointing_use_tempdir": "every checkpoint is written beside its place and renamed",
+    "push_to_hub_background": "uploads always run beside training",
     "preserve_data_backend_cache": "caches are keyed by content",
     "vae_cache_scan_behaviour": "caches are keyed by content",
     "metadata_update_interval": "caches are keyed by content",

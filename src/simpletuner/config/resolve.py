@@ -16,6 +16,7 @@ from simpletuner.config.lycoris_source import find_lycoris_config
 from simpletuner.config.option import OptionField
 from simpletuner.config.prompt import plan_prompts
 from simpletuner.config.prompt_library import settle_library
+from simpletuner.config.publish_target import read_targets
 from simpletuner.config.rules import check
 from simpletuner.config.script import SCRIPTS
 from simpletuner.config.situation import Situation, error_about
@@ -106,6 +107,7 @@ def resolve(
     values = _expand(found)
     _settle_lycoris(found, values, layers, directories)
     _settle_webhooks(found, values, directories)
+    _settle_publishing(found, values, directories)
     broken = {problem.option for problem in found.errors if problem.code in _OF_ONE_VALUE and problem.option}
     entries = DatasetEntries()
     if read_datasets:
@@ -305,6 +307,16 @@ def _settle_webhooks(found: Resolution, values: dict[str, Any], directories: Dir
         endpoints, problems = read_webhooks(value, directories)
         found.problems += problems
         values["webhook_config"] = [endpoint.model_dump(mode="json") for endpoint in endpoints]
+
+
+def _settle_publishing(found: Resolution, values: dict[str, Any], directories: Directories) -> None:
+    """Places are frozen by content, as webhooks are."""
+    value = values.get("publishing_config")
+    if value is not None and not any(problem.option == "publishing_config" for problem in found.errors):
+        prefix = Path(values.get("output_dir") or "").name
+        targets, problems = read_targets(value, directories, prefix=prefix)
+        found.problems += problems
+        values["publishing_config"] = [target.model_dump(mode="json") for target in targets]
 
 
 def _read_datasets(

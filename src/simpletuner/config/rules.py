@@ -12,7 +12,7 @@ from simpletuner.config.adapter_rules import adapter_rule, flux_rule, init_lora_
 from simpletuner.config.model_options import QUANTISED
 from simpletuner.config.pairing import check_pairs
 from simpletuner.config.prompt import parse_resolutions
-from simpletuner.config.publishing_options import TRACKERS, TRACKERS_LATER, tracker_names
+from simpletuner.config.publish_rules import publish_rule, tracker_rule
 from simpletuner.config.script import SCRIPTS, script_rule
 from simpletuner.config.situation import Situation, error_about, warning_about
 from simpletuner.errors import Level, Problem, UserError
@@ -46,7 +46,6 @@ DIFFUSION_ONLY = (
     "timestep_bias_begin", "timestep_bias_end", "refiner_training", "refiner_training_strength",
     "refiner_training_invert_schedule", "validation_negative_prompt", "validation_noise_scheduler",
 )  # fmt: skip
-TRACKER_OPTIONS = ("tracker_project_name", "tracker_run_name")
 
 
 def check(situation: Situation) -> list[Problem]:
@@ -104,15 +103,6 @@ def _model_type(at: Situation) -> Iterator[Problem]:
         )
 
 
-def _trackers(at: Situation) -> Iterator[Problem]:
-    for name in tracker_names(at.values["report_to"]):
-        if name in TRACKERS_LATER:
-            yield error_about("option_not_supported_yet", "report_to", f"The tracker {name!r} is not supported yet.")
-        elif name not in TRACKERS:
-            hint = f"Known: none, {', '.join(TRACKERS)}."
-            yield error_about("bad_choice", "report_to", f"There is no tracker {name!r}.", hint)
-
-
 def _webhooks(at: Situation) -> Iterator[Problem]:
     if at.given("webhook_reporting_interval") and not at.values["webhook_config"]:
         message = "--webhook_reporting_interval has no effect: there is no --webhook_config."
@@ -148,11 +138,6 @@ def _wrong_family(at: Situation) -> Iterator[Problem]:
     if at.values["prediction_type"] is not None and is_flow != (at.spec.objective == "flow"):
         message = f"{at.spec.title} is {'a' if at.spec.objective == 'flow' else 'no'} flow-matching family."
         yield error_about("incompatible_options", "prediction_type", message)
-    for name in TRACKER_OPTIONS:
-        if at.given(name) and at.values["report_to"] == "none":
-            yield warning_about(
-                "option_no_effect", name, f"--{name} has no effect: there is no tracker (--report_to none)."
-            )
 
 
 _ACTS_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -356,9 +341,11 @@ _RULES: tuple[tuple[Callable[[Situation], Iterator[Problem]], tuple[str, ...]], 
                  "flux_guidance_max")),
     (reference_rule, ("i_know_what_i_am_doing", "model_flavour", "datasets")),
     (_optimizer, ("optimizer",)),
-    (_trackers, ("report_to",)),
+    (tracker_rule, ("report_to", *SCRIPTS)),
+    (publish_rule, ("push_to_hub", "push_checkpoints_to_hub", "hub_model_id", "publishing_config",
+                    "model_type", *SCRIPTS)),
     (_webhooks, ("webhook_config",)),
-    (_wrong_family, ("clip_skip", "prediction_type", "report_to")),
+    (_wrong_family, ("clip_skip", "prediction_type")),
     (_dependent, tuple({switch for switch, _ in _ACTS_WITH.values()})),
     (_alignment, ("aspect_bucket_alignment", "model_flavour")),
     (_sizes, ("resolution", "resolution_type", "maximum_image_size", "target_downsample_size", "minimum_image_size")),

@@ -58,6 +58,7 @@ def find_placeholders(words: list[str]) -> set[str]:
 def fixed_values(config: TrainConfig) -> dict[str, str]:
     """The placeholders that are the same all through a run; those of the moment are empty."""
     flat = config.to_flat()
+    flat["huggingface_path"] = config.publishing.hub_model_id
     return {name: as_text(flat.get(name)) for name in placeholder_names()}
 
 

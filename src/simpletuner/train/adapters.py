@@ -77,7 +77,7 @@ class Lora:
     def __init__(self, denoiser: nn.Module, config: TrainConfig, spec: FamilySpec) -> None:
         options = config.adapter
         self._denoiser = denoiser
-        self._spec = spec
+        self._header = _header(spec, config.publishing.modelspec_comment)
         targets = spec.lora_targets[config.flux.flux_lora_target if spec.name == "flux" else "all"]
         names = match_modules(denoiser, targets)
         linear = {name: module for name, module in denoiser.named_modules() if name in names}
@@ -104,7 +104,7 @@ class Lora:
         names = sorted(str(name) for name in self._config.target_modules or ())
         described = {"r": self._config.r, "lora_alpha": alpha, "target_modules": names, "lora_dropout": 0.0}
         header = {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in described.items()})}
-        _write_file(self.tensors(), folder / WEIGHTS, _header(self._spec) | header)
+        _write_file(self.tensors(), folder / WEIGHTS, self._header | header)
         return folder / WEIGHTS
 
     def deltas(self) -> dict[str, Callable[[], Delta]]:
@@ -124,7 +124,7 @@ class Lycoris:
     def __init__(self, denoiser: nn.Module, config: TrainConfig, spec: FamilySpec) -> None:
         given = config.adapter.lycoris_config
         assert isinstance(given, dict), "freezing a job reads or makes the configuration"
-        self._spec = spec
+        self._header = _header(spec, config.publishing.modelspec_comment)
         self.config = complete_lycoris_config(given)
         names = {name.replace(".", "_"): name for name, _ in denoiser.named_modules()}
         self.network = _create_network(denoiser, self.config, spec)
@@ -154,7 +154,7 @@ class Lycoris:
     def save(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.config, indent=2)
-        _write_file(self.tensors(), folder / WEIGHTS, _header(self._spec) | {"lycoris_config": text})
+        _write_file(self.tensors(), folder / WEIGHTS, self._header | {"lycoris_config": text})
         (folder / FILE).write_text(text + "\n")
         return folder / WEIGHTS
 
@@ -262,8 +262,9 @@ def _to_fp32(module: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def _header(spec: FamilySpec) -> dict[str, str]:
-    return {"format": "pt", "modelspec.architecture": f"{spec.name}/lora", "simpletuner_family": spec.name}
+def _header(spec: FamilySpec, comment: str | None) -> dict[str, str]:
+    stated = {"modelspec.comment": comment} if comment else {}
+    return {"format": "pt", "modelspec.architecture": f"{spec.name}/lora", "simpletuner_family": spec.name, **stated}
 
 
 def _write_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -43,8 +43,10 @@ from simpletuner.train.inspection import Inspection
 from simpletuner.train.loop import Run
 from simpletuner.train.memory import MemoryPlan
 from simpletuner.train.metrics import Metrics, keep_metrics_until
+from simpletuner.train.model_card import ModelCard
 from simpletuner.train.optim import build_optimizers
 from simpletuner.train.preview import build_previews
+from simpletuner.train.publish import Publisher
 from simpletuner.train.references import Reference
 from simpletuner.train.rehearsal import plan_memory
 from simpletuner.train.report import Reporter
@@ -75,7 +77,7 @@ class Built:
     """When the caches were full, on the monotonic clock."""
 
     def close(self) -> None:
-        self.inspection.hooks.close()
+        self.inspection.close()
         self.loader.close()
         self.metrics.close()
         self.trackers.close()
@@ -120,7 +122,7 @@ class _Builder:
     ) -> None:
         self._config = config
         self._spec = job.read_spec()
-        self._artifacts = job.artifacts
+        self._job = job
         self._memory = memory
         self._family = family
         self._inputs = inputs
@@ -156,7 +158,7 @@ class _Builder:
             trackers = Trackers(config.publishing, self._output_dir, config.without_secrets(), reporter)
             state = point.state if point else TrainState()
             self._sentinel = Sentinel(
-                state.quarantine, reporter, lambda name: self._artifacts / f"ledger-{name}.jsonl",
+                state.quarantine, reporter, lambda name: self._job.artifacts / f"ledger-{name}.jsonl",
                 action=config.checkpoint.nonfinite_action, adapter=trained.adapter_name,
             )  # fmt: skip
             metrics = Metrics(reporter.emit, file, total, self._device, self._sentinel.see, trackers.log)
@@ -219,6 +221,7 @@ class _Builder:
     ) -> Inspection:
         config = self._config
         hooks = Hooks(config, self._reporter, self._requests.asked_to_end)
+        card = ModelCard(config, self._family.spec, trained.adapter_name)
         references = self._references()
         own = len(self._inputs.library)
         pictures = plan_pictures(config, plan_prompts(config.validation), len(references) - own)
@@ -234,6 +237,7 @@ class _Builder:
             held_out=[] if config.validation.eval_loss_disable else self._build_held_out(),
             saver=saver,
             hooks=hooks,
+            publisher=Publisher(self._job, config, card, hooks, self._reporter, self._requests.asked_to_end),
             external=ExternalValidation(config.validation, hooks, self._reporter),
             metrics=metrics,
             sentinel=self._sentinel,

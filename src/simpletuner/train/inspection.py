@@ -17,6 +17,7 @@ from simpletuner.train.external_validation import ExternalValidation
 from simpletuner.train.heldout import HeldOut
 from simpletuner.train.hooks import AFTER_CHECKPOINT, Hooks
 from simpletuner.train.metrics import Metrics
+from simpletuner.train.publish import Publisher
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import Requests
 from simpletuner.train.sentinel import Sentinel
@@ -37,6 +38,7 @@ class Inspection:
     held_out: list[HeldOut]
     saver: CheckpointSaver
     hooks: Hooks
+    publisher: Publisher
     external: ExternalValidation
     metrics: Metrics
     sentinel: Sentinel
@@ -71,15 +73,16 @@ class Inspection:
             state,
             is_final=self.due.end(state),
             request_ids=requests.checkpoint,
-            in_use=self.hooks.checkpoints_in_use(),
+            in_use=self.hooks.checkpoints_in_use() | self.publisher.checkpoints_in_use(),
         )
-        if not saved:
+        if not saved or self.saver.latest is None:
             state.best.kept_loss = kept_loss
             return
         self.sentinel.saved()
-        if loss is not None and is_best and self.saver.latest is not None:
+        if loss is not None and is_best:
             link_best(self.saver.latest, loss, self.reporter)
         self.hooks.start(AFTER_CHECKPOINT, state.step, self.saver.latest)
+        self.publisher.checkpoint(state.step, self.saver.latest)
 
     def final_checkpoint(self, state: TrainState) -> None:
         """Of a run that gave up before its last step, where one was due in any case."""
@@ -148,6 +151,15 @@ class Inspection:
             draw = self.family.validation_pipeline(saved, self.device)
             drawing = Drawing(step=step, cause="end", fingerprint=fingerprint)
             self.validation.run(draw, saved, drawing, [Weights("")])
+
+    def finish(self) -> None:
+        """Uploads first: what follows one is a program of the user's."""
+        self.publisher.finish()
+        self.hooks.finish()
+
+    def close(self) -> None:
+        self.publisher.close()
+        self.hooks.close()
 
     def _images(self, step: int, cause: str, request_ids: tuple[str, ...]) -> None:
         if self.external.is_used:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from simpletuner.errors import UserError
 from simpletuner.events import (
@@ -21,11 +21,20 @@ from simpletuner.events import (
     Severity,
     Stage,
     TrainingStatusData,
+    UploadData,
     ValidationData,
     ValidationImageData,
 )
 
 _STAGE_INTERVAL_S = 0.5
+
+
+class Follower(Protocol):
+    """Is told of values and images too, once they are in the journal; of previews from another thread."""
+
+    def metric(self, step: int, name: str, value: float) -> None: ...
+
+    def image(self, data: ValidationImageData, name: str, content: bytes) -> None: ...
 
 
 class Reporter:
@@ -39,6 +48,7 @@ class Reporter:
         self.total_steps = 0
         self.predicted_bytes: int | None = None
         """Of memory, once it is known."""
+        self.followers: list[Follower] = []
 
     def emit(self, event: Event) -> None:
         if event.progress is not None:
@@ -103,6 +113,8 @@ class Reporter:
         data = MetricData(name=name, value=value, step=step, standard_error=standard_error)
         message = f"{name} = {value:.6g} at step {step}"
         self.emit(Event(type=EventType.TRAINING_METRIC, title=name, message=message, data=data))
+        for follower in self.followers:
+            follower.metric(step, name, value)
 
     def checkpoint(self, checkpoint: Checkpoint, request_id: str | None = None) -> None:
         self.emit(
@@ -138,6 +150,20 @@ class Reporter:
             Event(type=EventType.TRAINING_HOOK, severity=severity, title="Program ended", message=message, data=data)
         )
 
+    def upload(self, data: UploadData) -> None:
+        """Told from another thread than the rest, as `hook` is."""
+        severity = Severity.SUCCESS if data.status == "completed" else Severity.WARNING
+        message = f"{data.label} → {data.url}" + (f": {data.reason}" if data.reason else "")
+        self.emit(
+            Event(
+                type=EventType.TRAINING_UPLOAD,
+                severity=severity,
+                title=f"Upload {data.status}",
+                message=message,
+                data=data,
+            )
+        )
+
     def image(self, data: ValidationImageData, name: str, content: bytes, mime_type: str) -> None:
         """Keep an image file among the job's artifacts and refer to it."""
         artifact_id = f"{data.validation_type}-{data.global_step}-{name}"
@@ -154,6 +180,8 @@ class Reporter:
                 images=[media],
             )
         )
+        for follower in self.followers:
+            follower.image(data, name, content)
 
 
 class StageReport:

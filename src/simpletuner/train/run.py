@@ -30,7 +30,7 @@ def execute(job: JobDir, reporter: Reporter, requests: RequestReader) -> ExitCod
             _finish(built, reporter, job)
         elif outcome != "cancel":
             publish_sheet(Path(job.read_spec().output_dir), job.artifacts, reporter)
-        built.inspection.hooks.finish()
+        built.inspection.finish()
     finally:
         built.close()
     _say_end(built, reporter, outcome)
@@ -78,8 +78,8 @@ def _finish(built: Built, reporter: Reporter, job: JobDir) -> None:
     inspection.measure(state)
     inspection.final_validation(state.step, pipeline)
     publish_sheet(output_dir, job.artifacts, reporter)
-    reporter.skip_stage("publish", "Publishing")
-    inspection.hooks.finish()
+    inspection.publisher.publish(state.step, pipeline)
+    inspection.finish()
     with reporter.stage("training_complete", "Done"):
         pass
     summary = SummaryData(

@@ -1,17 +1,24 @@
-"""Trackers: the numbers of a run, sent to wandb or tensorboard. One that fails is named once and left out."""
+"""Trackers: a run's numbers and images, sent to wandb or tensorboard. One that fails is named once and left out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from PIL import Image
+
 from simpletuner.config.publishing_options import PublishingOptions, tracker_names
+from simpletuner.events import ValidationImageData
 from simpletuner.train.report import Reporter
 
 
 class Tracker(Protocol):
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def image(self, step: int, name: str, image: Image.Image, caption: str) -> None: ...
 
     def close(self) -> None: ...
 
@@ -20,6 +27,7 @@ class Wandb:
     def __init__(self, options: PublishingOptions, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb  # pyright: ignore[reportMissingImports] - an extra
 
+        self._image: Any = wandb.Image
         settings = wandb.Settings(init_timeout=30, silent=True, console="off")
         self._run = wandb.init(
             project=options.tracker_project_name,
@@ -31,6 +39,9 @@ class Wandb:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
+
+    def image(self, step: int, name: str, image: Image.Image, caption: str) -> None:
+        self._run.log({name: self._image(image, caption=caption)}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -45,6 +56,9 @@ class Tensorboard:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: Image.Image, caption: str) -> None:
+        self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()
@@ -62,6 +76,7 @@ class Trackers:
     def __init__(self, options: PublishingOptions, folder: Path, config: Mapping[str, Any], reporter: Reporter) -> None:
         self._reporter = reporter
         self._open: dict[str, Tracker] = {}
+        reporter.followers.append(self)
         for name in tracker_names(options.report_to):
             self._guard(name, lambda name=name: self._open.update({name: TRACKERS[name](options, folder, config)}))
 
@@ -70,6 +85,20 @@ class Trackers:
         numbers = {name: value for name, value in values.items() if value is not None}
         for name, tracker in list(self._open.items()):
             self._guard(name, lambda tracker=tracker: tracker.log(step, numbers))
+
+    def metric(self, step: int, name: str, value: float) -> None:
+        self.log(step, {name: value})
+
+    def image(self, data: ValidationImageData, name: str, content: bytes) -> None:
+        """Of a sampler's passing images nothing is sent."""
+        if data.validation_type == "intermediary" or not self._open:
+            return
+        place = "benchmark" if data.validation_type == "benchmark" else "validation"
+        width, height = data.resolution
+        title, step = f"{place}/{data.shortname}_{data.index}_{width}x{height}", data.global_step
+        image = Image.open(BytesIO(content))
+        for key, tracker in list(self._open.items()):
+            self._guard(key, lambda tracker=tracker: tracker.image(step, title, image, data.prompt))
 
     def close(self) -> None:
         for name, tracker in list(self._open.items()):
