@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from simpletuner.data.plan import EpochPlan, check_full_batch
 from simpletuner.diffusion.flow import FlowObjective
 from simpletuner.diffusion.loss import Loss
 from simpletuner.diffusion.objective import DiffusionObjective, Objective
-from simpletuner.errors import ExitCode, UserError
+from simpletuner.errors import ExitCode
 from simpletuner.events import Event, EventType, Severity, SummaryData, TrainingStatusData
 from simpletuner.families.base import Family, build_family
 from simpletuner.families.registry import load_spec
@@ -34,6 +34,7 @@ from simpletuner.train.checkpoint import (
     load_checkpoint,
     run_facts,
 )
+from simpletuner.train.disk import make_output_dir
 from simpletuner.train.due import Due
 from simpletuner.train.ema import Ema
 from simpletuner.train.external_validation import ExternalValidation
@@ -41,6 +42,7 @@ from simpletuner.train.heldout import HeldOut
 from simpletuner.train.hooks import Hooks
 from simpletuner.train.inputs import Inputs, Preparation
 from simpletuner.train.inspection import Inspection
+from simpletuner.train.lock import begin_lock, complete_lock
 from simpletuner.train.loop import Outcome, Run, train
 from simpletuner.train.memory import MemoryPlan
 from simpletuner.train.metrics import Metrics, keep_metrics_until, peak_memory_bytes
@@ -78,11 +80,19 @@ class Built:
         self.trackers.close()
 
 
-def execute(job: JobDir, reporter: Reporter, requests: RequestReader) -> ExitCode:
-    """The whole of a run. Raises UserError and Ended; what it returns is the exit code of a run that ended well."""
+def execute(
+    job: JobDir, reporter: Reporter, requests: RequestReader, prepare: Callable[[Run], None] | None = None
+) -> ExitCode:
+    """The whole of a run. Raises UserError and Ended; what it returns is the exit code of a run that ended well.
+
+    `prepare` changes the run before its first step.
+    """
     built = build_run(job, reporter, requests)
+    if prepare is not None:
+        prepare(built.run)
     try:
         outcome = _loop(built, reporter)
+        complete_lock(Path(job.read_spec().output_dir))
         if outcome == "completed":
             _finish(built, reporter, Path(job.read_spec().output_dir))
         built.inspection.hooks.finish()
@@ -104,7 +114,7 @@ def build_run(job: JobDir, reporter: Reporter, requests: RequestReader) -> Built
     assert config.run.seed is not None
     seed_generators(config.run.seed)
     output_dir = Path(spec.output_dir)
-    _make_output_dir(output_dir)
+    make_output_dir(output_dir)
     family = build_family(config, family_spec)
     prompts = plan_prompts(config.validation)
     texts = [prompt.text for prompt in prompts] + [config.validation.validation_negative_prompt]
@@ -113,7 +123,9 @@ def build_run(job: JobDir, reporter: Reporter, requests: RequestReader) -> Built
     memory = plan_memory(config, family_spec, manifests, device)
     reporter.predicted_bytes = memory.predicted_bytes()
     inputs = preparation.encode(manifests, texts, memory)
-    return _Builder(config, family, inputs, output_dir, reporter, requests, device, memory).build()
+    built = _Builder(config, family, inputs, output_dir, reporter, requests, device, memory).build()
+    begin_lock(job, config, inputs, device, resumed=built.resumed_from is not None)
+    return built
 
 
 class _Builder:
@@ -336,12 +348,13 @@ def _loop(built: Built, reporter: Reporter) -> Outcome:
     if built.inspection.due.on_startup:
         built.inspection.on_startup(state.step)
     built.metrics.start()
-    return train(built.run)
+    outcome = train(built.run)
+    built.metrics.drain()
+    return outcome
 
 
 def _finish(built: Built, reporter: Reporter, output_dir: Path) -> None:
     state, inspection = built.run.state, built.inspection
-    built.metrics.drain()
     pipeline = inspection.export()
     inspection.measure(state.step)
     inspection.final_validation(state.step, pipeline)
@@ -379,19 +392,3 @@ def _status(built: Built, status: str) -> TrainingStatusData:
         final_epoch=built.final_epoch,
         resumed_from=built.resumed_from,
     )
-
-
-def _make_output_dir(folder: Path) -> None:
-    """Raises UserError `output_dir_not_writable` (73)."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            "output_dir_not_writable",
-            f"The output folder {folder} cannot be written: {error.strerror}.",
-            hint="Choose another --output_dir or change its rights.",
-            pointer="/--output_dir",
-            exit_code=ExitCode.STORAGE,
-        ) from error
