@@ -22,6 +22,17 @@ if TYPE_CHECKING:
 
 def main(folder: str, prepare: Callable[[Run], None] | None = None) -> ExitCode:
     """`prepare` changes the run before its first step."""
+    try:
+        return _main(folder, prepare)
+    except OSError as error:
+        if not _is_disk_full(error):
+            raise
+        # Of the journal: nothing can be told there, so the exit code and the log have to do; the runner knows.
+        print(f"disk_full: {_disk_full(error)}", file=sys.stderr, flush=True)
+        return ExitCode.STORAGE
+
+
+def _main(folder: str, prepare: Callable[[Run], None] | None) -> ExitCode:
     job = JobDir(Path(folder))
     journal = job.open_journal()
     reporter = Reporter(journal, job.artifacts)
