@@ -22,6 +22,7 @@ QUIET: dict[str, Any] = {
     "report_to": "none",
     "post_checkpoint_script": None,
     "post_upload_script": None,
+    "disk_low_threshold": None,
     "push_to_hub": False,
     "push_checkpoints_to_hub": False,
     "validation_method": "simpletuner-local",

@@ -30,6 +30,7 @@ from simpletuner.train.requests import EndMode
 
 VALIDATION = "validation_external_script"
 AFTER_CHECKPOINT = "post_checkpoint_script"
+DISK_LOW = "disk_low_script"
 _AT_ONCE = 2
 _LIMIT_S = 3600.0
 _STOP_GRACE_S = 10.0

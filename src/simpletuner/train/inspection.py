@@ -10,6 +10,7 @@ from torch import nn
 
 from simpletuner.families.base import Draw, Family
 from simpletuner.train.checkpoint import CheckpointSaver
+from simpletuner.train.disk import DiskWatch
 from simpletuner.train.due import Due
 from simpletuner.train.external_validation import ExternalValidation
 from simpletuner.train.heldout import HeldOut
@@ -34,6 +35,7 @@ class Inspection:
     held_out: list[HeldOut]
     saver: CheckpointSaver
     hooks: Hooks
+    disk: DiskWatch
     external: ExternalValidation
     metrics: Metrics
     reporter: Reporter
@@ -50,6 +52,8 @@ class Inspection:
     def checkpoint(self, state: TrainState, requests: Requests) -> None:
         """Metrics are read first: weights that a non-finite number ended with are never saved."""
         self.metrics.drain()
+        if not self.disk.find_room(state.step, self.saver.latest):
+            return
         is_final = self.due.end(state)
         in_use = self.hooks.checkpoints_in_use()
         if self.saver.save(

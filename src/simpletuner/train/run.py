@@ -34,7 +34,7 @@ from simpletuner.train.checkpoint import (
     load_checkpoint,
     run_facts,
 )
-from simpletuner.train.disk import make_output_dir
+from simpletuner.train.disk import DiskWatch, make_output_dir
 from simpletuner.train.due import Due
 from simpletuner.train.ema import Ema
 from simpletuner.train.external_validation import ExternalValidation
@@ -243,6 +243,7 @@ class _Builder:
             held_out=[] if config.validation.eval_loss_disable else self._build_held_out(),
             saver=saver,
             hooks=hooks,
+            disk=DiskWatch(config.checkpoint, self._output_dir, self._reporter, self._requests.asked_to_end, hooks),
             external=ExternalValidation(config.validation, hooks, self._reporter),
             metrics=metrics,
             reporter=self._reporter,
