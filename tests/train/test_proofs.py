@@ -63,7 +63,15 @@ def test_a_killed_run_is_shown_to_go_on_exactly(environment: TinyWorld, capsys: 
     assert (found["equal"], found["seed"], len(found["killed_after_micro_steps"])) == (True, 3, 2)
     assert all(2 < done < 8 for done in found["killed_after_micro_steps"])
     parts = {row["part"].split()[-1] if "losses" in row["part"] else row["part"] for row in found["compared"]}
-    assert parts == {"rates", "place in the data", "weights", "moving average", "optimizer state", "generators"}
+    assert parts == {
+        "rates",
+        "place in the data",
+        "weights",
+        "moving average",
+        "optimizer state",
+        "generators",
+        "description",
+    }
     assert not (environment.root / "out").exists() and not (environment.root / "told").exists()
     assert list((environment.root / ".simpletuner/scratch").iterdir()) == []
     assert list((environment.root / "cache").rglob("*.index"))

@@ -39,6 +39,7 @@ class Replayed:
 
 def replay(
     run: str,
+    /,
     *,
     steps: int = 5,
     keep: Annotated[bool, Parameter(negative="")] = False,

@@ -76,6 +76,8 @@ def _part(name: str) -> str:
         return "optimizer state"
     if name.startswith("rng"):
         return "generators"
+    if not name.endswith(".safetensors"):
+        return "description"
     return "moving average" if "ema" in name.split("/")[0].split("_") else "weights"
 
 
