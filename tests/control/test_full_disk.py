@@ -69,7 +69,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[[], ServerProcess]]:
 
 def end_of(server: ServerProcess, **options: Any) -> dict[str, Any]:
     job_id = server.start_job(output_dir="output/full", **OPTIONS | options)["job_id"]
-    return server.wait_status(job_id, *TERMINAL, within_s=60)
+    return server.wait_status(job_id, *TERMINAL, within_s=60, every_s=0.1)
 
 
 def check_failure(job: dict[str, Any]) -> None:
@@ -111,7 +111,7 @@ def test_no_room_for_the_journal(mount: Mount, serve: Callable[[], ServerProcess
     place = mount(".simpletuner", "8m")
     server = serve()
     job_id = server.start_job(output_dir="output/full", **OPTIONS | {"max_train_steps": 2000})["job_id"]
-    server.wait_status(job_id, "running", within_s=60)
+    server.wait_status(job_id, "running", within_s=60, every_s=0.1)
     fill(place)
     # Of the file system that is full, all that is left is what was reserved for this.
     until(lambda: server.folder(job_id).read_exit(), within_s=20)
