@@ -106,7 +106,8 @@ def start_apart(server: ServerProcess, job_id: str) -> subprocess.Popen[bytes]:
 def test_thirty_kills_change_nothing(real: ServerProcess) -> None:
     """In a row, at seeded random moments: 26 of the server, 2 of the trainer, 1 of the runner, whose trainer dies with
     it, 1 of all three at once. Each waits up to 0.3 s; three in four of those that end a trainer wait until it trains.
-    The killed job is started again with `latest`; a run that is finished is followed by another one. Not here: two ranks.
+    The killed job is started again with `latest`; a run that is finished is followed by another one. Two ranks are for
+    later: several devices per job are not built yet.
 
     27 starts of a server (1 s of processor time each) and 7 of a trainer (5 to 6 s): by that 65 s on two free cores.
     Measured on two shared ones: 101 s at a load of 4.
