@@ -10,13 +10,11 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from simpletuner.errors import ExitCode, UserError
 from simpletuner.job import fsync_folder, write_atomic
 
 MANIFEST = "checkpoint_manifest.json"
@@ -154,19 +152,3 @@ def _is_manifest(value: Any) -> bool:
     files = cast(dict[str, Any], value).get("files") if isinstance(value, dict) else None
     rows = cast(dict[str, Any], files).values() if isinstance(files, dict) else (None,)
     return all(isinstance(row, dict) and {"size", "sha256"} <= cast(dict[str, Any], row).keys() for row in rows)
-
-
-def make_output_dir(folder: Path) -> None:
-    """Raises UserError `output_dir_not_writable` (73)."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            "output_dir_not_writable",
-            f"The output folder {folder} cannot be written: {error.strerror}.",
-            hint="Choose another --output_dir or change its rights.",
-            pointer="/--output_dir",
-            exit_code=ExitCode.STORAGE,
-        ) from error

@@ -264,15 +264,20 @@ class Journal:
     def append(self, event: Event) -> None:
         """Raises OSError when the disk is full; the torn line is ended before the next one."""
         line = event.model_copy(update={"job_id": self.job_id, "attempt": self.attempt}).as_line()
-        if self._maybe_torn:
-            _end_torn_line(self._file)
-        self._maybe_torn = True
-        if os.write(self._file, line) < len(line):
-            raise OSError(errno.ENOSPC, "no space left for the journal")
+        maybe_torn, self._maybe_torn = self._maybe_torn, True
+        append_line(self._file, line, maybe_torn=maybe_torn)
         self._maybe_torn = False
 
     def close(self) -> None:
         os.close(self._file)
+
+
+def append_line(file: int, line: bytes, *, maybe_torn: bool = True) -> None:
+    """One `write`; `maybe_torn`: the line before it may lack its end. Raises OSError when there is no room for all."""
+    if maybe_torn:
+        _end_torn_line(file)
+    if os.write(file, line) < len(line):
+        raise OSError(errno.ENOSPC, "no space left for a line")
 
 
 def _end_torn_line(file: int) -> None:

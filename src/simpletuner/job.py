@@ -12,9 +12,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from simpletuner.events import Journal, utc_now
+from simpletuner.events import Journal, append_line, utc_now
 
 
 class JobStatus(StrEnum):
@@ -169,6 +169,10 @@ def is_locked(path: Path) -> bool:
     return False
 
 
+_RESERVE = ".reserve"
+_RESERVE_BYTES = 64 << 10
+
+
 class JobDir:
     """`<state>/jobs/<job_id>/`: names its files and reads and writes them."""
 
@@ -206,6 +210,13 @@ class JobDir:
     def read_datasets(self) -> list[Any]:
         return json.loads((self.root / "datasets.json").read_bytes())
 
+    def reserve_exit(self) -> None:
+        """Room on the disk for how the job ends, while there is some: a full one must not make it lost."""
+        write_atomic(self.root / _RESERVE, bytes(_RESERVE_BYTES))
+
+    def release_exit(self) -> None:
+        (self.root / _RESERVE).unlink(missing_ok=True)
+
     def write_exit(self, record: ExitRecord) -> None:
         write_atomic(self.root / "exit.json", record.model_dump_json(indent=1).encode())
 
@@ -220,10 +231,11 @@ class JobDir:
         return Journal(self.journal_path, job_id=spec.job_id, attempt=spec.attempt)
 
     def send(self, command: Command) -> None:
+        """Raises OSError when the disk is full."""
         line = command.model_dump_json().encode() + b"\n"
-        handle = os.open(self.commands_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        handle = os.open(self.commands_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            os.write(handle, line)
+            append_line(handle, line)
         finally:
             os.close(handle)
 
@@ -260,7 +272,11 @@ class CommandReader:
                 if not line.endswith(b"\n"):
                     break
                 self._offset += len(line)
-                command = Command.model_validate_json(line)
+                try:
+                    command = Command.model_validate_json(line)
+                except ValidationError:
+                    # Cut short by a full disk; whoever sent it was told.
+                    continue
                 if command.request_id not in self._seen:
                     self._seen.add(command.request_id)
                     commands.append(command)

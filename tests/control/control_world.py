@@ -34,13 +34,13 @@ SOURCE = Path(simpletuner.__file__).parents[1]
 FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")
 
 
-def until(ask: Callable[[], T], *, within_s: float = 10.0) -> T:
+def until(ask: Callable[[], T], *, within_s: float = 10.0, every_s: float = 0.01) -> T:
     """What `ask` gives once it is true; for real processes only."""
     deadline = time.monotonic() + within_s
     while not (answer := ask()):
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {within_s} s: {ask}")
-        time.sleep(0.01)
+        time.sleep(every_s)
     return answer
 
 
@@ -191,12 +191,12 @@ class ServerProcess:
         assert answer.status_code == 202, answer.text
         return answer.json()
 
-    def wait_status(self, job_id: str, *statuses: str, within_s: float = 10.0) -> dict[str, Any]:
+    def wait_status(self, job_id: str, *statuses: str, within_s: float = 10.0, every_s: float = 0.01) -> dict[str, Any]:
         def ask() -> dict[str, Any] | None:
             job = self.get(f"/api/jobs/{job_id}")["job"]
             return job if job["status"] in statuses else None
 
-        found = until(ask, within_s=within_s)
+        found = until(ask, within_s=within_s, every_s=every_s)
         assert found is not None
         return found
 

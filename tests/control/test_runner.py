@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 
@@ -9,6 +10,7 @@ import pytest
 from control_world import World, processes_of, until
 
 from simpletuner.errors import UserError
+from simpletuner.events import read_journal
 from simpletuner.job import JobStatus
 
 
@@ -39,6 +41,15 @@ def test_a_typed_failure_is_told_in_the_trainers_words(world: World) -> None:
     assert (job.exit["code"], job.exit["error_code"], job.exit["message"]) == (65, "dataset_empty", "It broke.")
     assert job.exit["hint"] == "Mend it."
     assert job.status_reason == "It broke."
+
+
+def test_a_trainer_without_room_for_its_last_words_is_spoken_for(world: World) -> None:
+    job_id = world.submit(steps=1, exit_code=73).job.job_id
+    job = world.tick_until(job_id, JobStatus.FAILED)
+    assert job.exit is not None
+    assert (job.exit["code"], job.exit["error_code"]) == (73, "disk_full") and job.exit["hint"]
+    lines = [line for _, line in read_journal(world.folder(job_id).journal_path)]
+    assert json.loads(lines[-1])["data"]["code"] == "disk_full"
 
 
 def test_stop_ends_well(world: World) -> None:

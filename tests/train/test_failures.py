@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tiny_world import Ran, TinyWorld
 
 from simpletuner.checkpoints import find_faults
 from simpletuner.errors import ExitCode, UserError
+from simpletuner.train.__main__ import main
 
 Break = Callable[[TinyWorld], dict[str, Any] | None]
 
@@ -158,7 +160,7 @@ plain = torch.Tensor.backward
 count = [0]
 def backward(*args, **keys):
     plain(*args, **keys)
-    count[0] += 1
+    count[0] += type(args[0]).__name__ != "FakeTensor"  # the rehearsal's
     limit = {limit} if count[0] > 2 else resource.RLIM_INFINITY
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 torch.Tensor.backward = backward
@@ -176,6 +178,19 @@ def test_no_room_for_a_checkpoint(shared: TinyWorld) -> None:
     assert saves == ["running", "completed", "running", "failed", "running", "failed"]
     assert [path.name for path in ran.output.iterdir() if path.is_dir()] == ["checkpoint-2"]
     assert find_faults(ran.output / "checkpoint-2") == []
+
+
+def test_no_room_for_the_journal(shared: TinyWorld, capfd: pytest.CaptureFixture[str]) -> None:
+    """What cannot be told there is told by the exit code and in the log."""
+    job = shared.job(output_dir="untold")
+    job.journal_path.symlink_to("/dev/full")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert main(str(job.root)) == 73
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert "disk_full" in capfd.readouterr().err
 
 
 def test_a_damaged_cache_entry_is_made_anew(world: TinyWorld) -> None:

@@ -213,7 +213,7 @@ def test_a_trainer_that_is_killed_takes_its_programs_along(shared: TinyWorld, tm
         "import os, pathlib, signal, time, torch\n"
         "plain, left = torch.Tensor.backward, [2]\n"
         "def backward(*args, **keys):\n"
-        "    left[0] -= 1\n"
+        "    left[0] -= type(args[0]).__name__ != 'FakeTensor'\n"
         f"    while left[0] == 0 and not pathlib.Path({str(place)!r}).exists(): time.sleep(0.02)\n"
         "    if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    plain(*args, **keys)\n"

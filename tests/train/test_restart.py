@@ -144,7 +144,7 @@ def test_three_deaths_in_a_row_are_no_difference(shared: TinyWorld, straight: Ra
             "plain = torch.Tensor.backward\n"
             "def backward(*args, **keys):\n"
             "    plain(*args, **keys)\n"
-            "    left[0] -= 1\n"
+            "    left[0] -= type(args[0]).__name__ != 'FakeTensor'\n"
             "    if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
             "torch.Tensor.backward = backward\n"
         )

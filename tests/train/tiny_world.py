@@ -21,6 +21,7 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import PixArtSigmaPi
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from PIL import Image
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from simpletuner.config.directories import Directories
@@ -118,6 +119,10 @@ def at_each_backward(hook: Hook) -> Generator[None]:
 
     def backward(self: torch.Tensor, *args: Any, **keys: Any) -> None:
         nonlocal count
+        if isinstance(self, FakeTensor):
+            # The rehearsal that predicts memory, which computes nothing.
+            plain(self, *args, **keys)
+            return
         count += 1
         plain(hook(count, self), *args, **keys)
 

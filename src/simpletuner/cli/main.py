@@ -16,6 +16,11 @@ COMMANDS = {
     "ledger": ("simpletuner.cli.ledger:ledger", "What would become of every file of a dataset."),
     "inspect": ("simpletuner.cli.adapters:inspect", "Say what an adapter file holds and which programs read it."),
     "export": ("simpletuner.cli.adapters:export", "Write an adapter file as diffusers, ComfyUI or kohya read it."),
+    "verify-resume": (
+        "simpletuner.cli.verify_resume:verify_resume",
+        "Show that a killed run goes on exactly, on an environment of yours.",
+    ),
+    "replay": ("simpletuner.cli.replay:replay", "Run the first steps of a job again and compare its losses."),
     "bench": ("simpletuner.cli.bench:bench", "Measure the trainer, the loader and the cache on this machine."),
 }
 

@@ -17,7 +17,7 @@ from simpletuner.config.train_config import TrainConfig, option_fields
 from simpletuner.errors import Problem, UserError
 
 LOCAL_CHECKPOINT = "local_checkpoint_path"
-SCRIPTS = ("validation_external_script", "post_checkpoint_script", "post_upload_script")
+SCRIPTS = ("validation_external_script", "post_checkpoint_script", "post_upload_script", "disk_low_script")
 _PLACEHOLDER = re.compile(r"\{((?:env:)?[A-Za-z_][A-Za-z0-9_]*)\}")
 _OF_THE_MOMENT = (LOCAL_CHECKPOINT, "remote_checkpoint_path", "global_step")
 _OPTIONS = ("tracker_run_name", "tracker_project_name", "model_family", "model_type", "lora_type")

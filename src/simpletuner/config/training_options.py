@@ -165,6 +165,15 @@ class CheckpointOptions(OptionGroup):
     override_dataset_config: Annotated[bool, Ui(tab="data", order=52)] = False
     """Accept a changed dataset when a run is resumed."""
 
+    disk_low_threshold: Annotated[str | None, Ui(tab="training", order=54)] = None
+    """Least free space of the output folder's disk before a save, such as 100G or 512M; empty: any."""
+
+    disk_low_action: Annotated[Literal["stop", "wait", "script"], Ui(tab="training", order=55)] = "stop"
+    """What is done when less is free: end the run, wait for room, or run `disk_low_script` and look again."""
+
+    disk_low_script: Annotated[str | None, Ui(tab="training", order=56, runs_command=True)] = None
+    """Command that makes room; `{placeholders}` are filled, there is no shell."""
+
 
 class DataOptions(OptionGroup):
     data_backend_config: Annotated[str, Ui(tab="data", order=1, path=True)]

@@ -37,6 +37,8 @@ class OutputPump:
         self._last_flush = float("-inf")
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self.write_error: OSError | None = None
+        self.last_event: Event | None = None
+        """Goes into the journal after everything that was printed."""
 
     def feed(self, stream: Stream, content: bytes) -> None:
         """A full disk must not end the training: the error is kept and told at the end."""
@@ -65,6 +67,8 @@ class OutputPump:
                 self._take(pending, pending.rest)
                 pending.rest = b""
         self._flush()
+        if self.last_event is not None:
+            self._append(self.last_event)
         os.close(self._log)
 
     def _take(self, pending: _Pending, line: bytes) -> None:
@@ -80,12 +84,15 @@ class OutputPump:
         while pending.lines:
             lines = pending.lines[:BATCH_LINES]
             data = LogData(stream=stream, first_line=pending.first_line, lines=lines)
-            try:
-                self._journal.append(Event(type=EventType.LOG, data=data))
-            except OSError as error:
-                self.write_error = error
+            self._append(Event(type=EventType.LOG, data=data))
             del pending.lines[: len(lines)]
             pending.first_line += len(lines)
+
+    def _append(self, event: Event) -> None:
+        try:
+            self._journal.append(event)
+        except OSError as error:
+            self.write_error = error
 
 
 def _last_redraw(line: bytes) -> bytes:

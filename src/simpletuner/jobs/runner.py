@@ -6,6 +6,7 @@ stop and cancel, and writes down how it ended. It knows no server: it outlives o
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from simpletuner.errors import ExitCode
-from simpletuner.events import read_journal
+from simpletuner.events import Event, EventType, NoticeData, Severity, read_journal
 from simpletuner.job import Command, CommandName, CommandReader, ExitRecord, JobDir, JobSpec
 from simpletuner.jobs.escalation import Escalation
 from simpletuner.jobs.outcome import HOST_OUT_OF_MEMORY
@@ -30,6 +32,7 @@ from simpletuner.process import die_with_parent
 TRAINER_MODULE = "simpletuner.train"
 LOCK_WAIT_S = 1.0
 POLL_S = 0.1
+ROOM_WAIT_S = 1.0
 READ_BYTES = 65536
 OUT_OF_MEMORY_HINT = (
     "Nobody asked for it: the kernel kills a process like this when memory runs out. Try a smaller batch, fewer "
@@ -76,15 +79,18 @@ class Run:
     def run(self) -> None:
         """Returns when no process of the trainer is left and `exit.json` says how it went."""
         kills_before = count_memory_kills()
+        self._job.reserve_exit()
         signal.signal(signal.SIGTERM, self._on_term)
         signal.signal(signal.SIGINT, self._on_term)
         trainer = self._spawn()
         self._follow(trainer)
         self._kill_group(trainer, signal.SIGKILL)
         self._drain(trainer)
-        self._pump.finish()
+        self._job.release_exit()
         killed_for_memory = count_memory_kills() > kills_before
-        self._job.write_exit(self._record(trainer.returncode, killed_for_memory))
+        record = self._record(trainer.returncode, killed_for_memory)
+        self._pump.finish()
+        write_when_possible(self._job, record)
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         command = trainer_command(self._spec, self._job.root, os.environ.get("SIMPLETUNER_TRAINER"))
@@ -149,6 +155,8 @@ class Run:
 
     def _record(self, returncode: int, killed_for_memory: bool) -> ExitRecord:
         verdict = read_verdict(self._job.journal_path, self._journal_start, attempt=self._spec.attempt)
+        if returncode == ExitCode.STORAGE and verdict.error_code is None:
+            verdict = self._tell_of_full_disk()
         code, signal_number = (returncode, None) if returncode >= 0 else (None, -returncode)
         if self._spec.num_processes > 1 and code not in {None, ExitCode.DONE} and verdict.exit_code is not None:
             # torchrun ends with 1 whatever its ranks said.
@@ -172,6 +180,27 @@ class Run:
             hint=hint,
             log_tail=list(self._pump.tail),
         )
+
+    def _tell_of_full_disk(self) -> Verdict:
+        """In the trainer's place: there was no room in the journal for its last words."""
+        message, hint = f"The disk of {self._job.root} is full.", "Make room; complete checkpoints are whole."
+        data = NoticeData(code="disk_full", hint=hint, exit_code=int(ExitCode.STORAGE))  # pyright: ignore[reportCallIssue]
+        self._pump.last_event = Event(
+            type=EventType.ERROR, severity=Severity.ERROR, title="disk_full", message=message, data=data
+        )
+        return Verdict("disk_full", message, hint, ExitCode.STORAGE)
+
+
+def write_when_possible(job: JobDir, record: ExitRecord, *, sleep: Callable[[float], None] = time.sleep) -> None:
+    """A record that is short of room loses its log lines; without any room it waits for some, and the job with it."""
+    while True:
+        for short in (record, record.model_copy(update={"log_tail": []})):
+            try:
+                return job.write_exit(short)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+        sleep(ROOM_WAIT_S)
 
 
 def read_verdict(journal: Path, offset: int, *, attempt: int) -> Verdict:

@@ -54,6 +54,7 @@ class Supervisor:
         self._last_plan = float("-inf")
         self._requested = False
         self._num_active = 0
+        self._failing: dict[str, type[Exception]] = {}
 
     @contextmanager
     def exclusive(self) -> Generator[Placement]:
@@ -156,8 +157,13 @@ class Supervisor:
         """The edge of design law 5: what fails for one job must not stop the others."""
         try:
             step(*args)
-        except Exception:
-            log.exception("Failed while %s", what)
+        except Exception as error:
+            # Ten times a second the same sentence would help nobody, least of all a disk that is full.
+            if self._failing.get(what) is not type(error):
+                log.exception("Failed while %s", what)
+            self._failing[what] = type(error)
+        else:
+            self._failing.pop(what, None)
 
     def _observe(self, job: JobRow, fresh: list[StoredEvent]) -> None:
         fresh += self._watch.observe(job, self._placement.job_dir(job.job_id))

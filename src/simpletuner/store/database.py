@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 
 from simpletuner.errors import ExitCode, UserError
 
@@ -44,8 +46,14 @@ class Database:
 
     @contextmanager
     def write(self) -> Generator[Connection]:
-        with self._writing.begin() as connection:
-            yield connection
+        """Raises OSError when the disk is full, like every other writer."""
+        try:
+            with self._writing.begin() as connection:
+                yield connection
+        except OperationalError as error:
+            if isinstance(error.orig, sqlite3.Error) and error.orig.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise OSError(errno.ENOSPC, "the database's disk is full") from error
+            raise
 
     def close(self) -> None:
         self.engine.dispose()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.events import TrainingStatusData
@@ -14,8 +16,23 @@ from simpletuner.process import return_freed_memory
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import Ended, RequestReader
 
+if TYPE_CHECKING:
+    from simpletuner.train.loop import Run
 
-def main(folder: str) -> ExitCode:
+
+def main(folder: str, prepare: Callable[[Run], None] | None = None) -> ExitCode:
+    """`prepare` changes the run before its first step."""
+    try:
+        return _main(folder, prepare)
+    except OSError as error:
+        if not _is_disk_full(error):
+            raise
+        # Of the journal: nothing can be told there, so the exit code and the log have to do; the runner knows.
+        print(f"disk_full: {_disk_full(error)}", file=sys.stderr, flush=True)
+        return ExitCode.STORAGE
+
+
+def _main(folder: str, prepare: Callable[[Run], None] | None) -> ExitCode:
     job = JobDir(Path(folder))
     journal = job.open_journal()
     reporter = Reporter(journal, job.artifacts)
@@ -30,7 +47,7 @@ def main(folder: str) -> ExitCode:
 
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-        return execute(job, reporter, requests)
+        return execute(job, reporter, requests, prepare)
     except Ended as ended:
         _abort(reporter)
         status = "cancelled" if ended.mode == "cancel" else "stopped"

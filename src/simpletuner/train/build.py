@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from simpletuner.checkpoints import make_output_dir, remove_temporary
+from simpletuner.checkpoints import remove_temporary
 from simpletuner.config.prompt import plan_pictures, plan_prompts
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.loader import Loader
@@ -33,6 +33,7 @@ from simpletuner.train.checkpoint import (
     load_checkpoint,
     run_facts,
 )
+from simpletuner.train.disk import DiskWatch, make_output_dir
 from simpletuner.train.due import Due
 from simpletuner.train.ema import Ema
 from simpletuner.train.external_validation import ExternalValidation
@@ -40,6 +41,7 @@ from simpletuner.train.heldout import HeldOut
 from simpletuner.train.hooks import Hooks
 from simpletuner.train.inputs import Inputs, Preparation
 from simpletuner.train.inspection import Inspection
+from simpletuner.train.lock import begin_lock
 from simpletuner.train.loop import Run
 from simpletuner.train.memory import MemoryPlan
 from simpletuner.train.metrics import Metrics, keep_metrics_until
@@ -103,7 +105,9 @@ def build_run(job: JobDir, reporter: Reporter, requests: RequestReader) -> Built
     memory = plan_memory(config, family_spec, manifests, device)
     reporter.predicted_bytes = memory.predicted_bytes()
     inputs = preparation.encode(manifests, texts, memory)
-    return _Builder(config, family, inputs, job, reporter, requests, device, memory).build()
+    built = _Builder(config, family, inputs, job, reporter, requests, device, memory).build()
+    begin_lock(job, config, inputs, device, resumed=built.resumed_from is not None)
+    return built
 
 
 class _Builder:
@@ -238,6 +242,7 @@ class _Builder:
             saver=saver,
             hooks=hooks,
             publisher=Publisher(self._job, config, card, hooks, self._reporter, self._requests.asked_to_end),
+            disk=DiskWatch(config.checkpoint, self._output_dir, self._reporter, self._requests.asked_to_end, hooks),
             external=ExternalValidation(config.validation, hooks, self._reporter),
             metrics=metrics,
             sentinel=self._sentinel,

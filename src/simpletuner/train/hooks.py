@@ -16,6 +16,7 @@ from simpletuner.train.requests import EndMode
 VALIDATION = "validation_external_script"
 AFTER_CHECKPOINT = "post_checkpoint_script"
 AFTER_UPLOAD = "post_upload_script"
+DISK_LOW = "disk_low_script"
 _AT_ONCE = 2
 _LIMIT_S = 3600.0
 

@@ -101,10 +101,15 @@ class Inputs:
                 batches.append(reader.read(group, uses, held_out=True))
         return batches
 
-    def fingerprint(self) -> str:
-        """Names the data that is trained on: samples, plans, captions, uses. Moving a folder does not change it."""
+    def fingerprint(self, only: str | None = None) -> str:
+        """Names the data that is trained on, or one dataset of it: samples, plans, captions, uses.
+
+        Moving a folder does not change it.
+        """
         digest = hashlib.sha256()
         for entry in self.config.image_datasets:
+            if only not in (None, entry.id):
+                continue
             manifest = self.manifests[entry.id]
             digest.update(
                 f"{entry.id}\0{entry.repeats}\0{entry.probability}\0{entry.caption_dropout_probability}".encode()

@@ -12,6 +12,7 @@ from torch import nn
 from simpletuner.families.base import Draw, Family
 from simpletuner.train.best import link_best
 from simpletuner.train.checkpoint import CheckpointSaver
+from simpletuner.train.disk import DiskWatch
 from simpletuner.train.due import Due
 from simpletuner.train.external_validation import ExternalValidation
 from simpletuner.train.heldout import HeldOut
@@ -39,6 +40,7 @@ class Inspection:
     saver: CheckpointSaver
     hooks: Hooks
     publisher: Publisher
+    disk: DiskWatch
     external: ExternalValidation
     metrics: Metrics
     sentinel: Sentinel
@@ -61,6 +63,8 @@ class Inspection:
         Every checkpoint has a held-out loss, so that the best of them is known; only a stop does not wait for one.
         """
         self.metrics.drain()
+        if not self.disk.find_room(state.step, self.saver.latest):
+            return
         if requests.end is None:
             self.measure(state)
         loss, kept_loss = self._loss_at(state.step), state.best.kept_loss
@@ -112,6 +116,10 @@ class Inspection:
             losses.append(found.mean)
         self._measured = state.step, fmean(losses)
         state.best.see(self._measured[1])
+
+    def forget_losses(self) -> None:
+        """The run went back: a step that comes again is another one."""
+        self._measured = None
 
     def _loss_at(self, step: int) -> float | None:
         return self._measured[1] if self._measured is not None and self._measured[0] == step else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from simpletuner.errors import ExitCode
@@ -13,7 +14,8 @@ from simpletuner.train.checkpoint import (
     load_checkpoint,
     read_point,
 )
-from simpletuner.train.loop import Outcome, train
+from simpletuner.train.lock import complete_lock
+from simpletuner.train.loop import Outcome, Run, train
 from simpletuner.train.metrics import peak_memory_bytes
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import RequestReader
@@ -21,11 +23,19 @@ from simpletuner.train.sentinel import RollBack
 from simpletuner.train.sheet import publish_sheet
 
 
-def execute(job: JobDir, reporter: Reporter, requests: RequestReader) -> ExitCode:
-    """The whole of a run. Raises UserError and Ended; what it returns is the exit code of a run that ended well."""
+def execute(
+    job: JobDir, reporter: Reporter, requests: RequestReader, prepare: Callable[[Run], None] | None = None
+) -> ExitCode:
+    """The whole of a run. Raises UserError and Ended; what it returns is the exit code of a run that ended well.
+
+    `prepare` changes the run before its first step.
+    """
     built = build_run(job, reporter, requests)
+    if prepare is not None:
+        prepare(built.run)
     try:
         outcome = _loop(built, reporter)
+        complete_lock(Path(job.read_spec().output_dir))
         if outcome == "completed":
             _finish(built, reporter, job)
         elif outcome != "cancel":
@@ -50,7 +60,9 @@ def _loop(built: Built, reporter: Reporter) -> Outcome:
     built.metrics.start()
     while True:
         try:
-            return train(built.run)
+            outcome = train(built.run)
+            built.metrics.drain()
+            return outcome
         except RollBack:
             _roll_back(built, reporter)
 
@@ -65,6 +77,7 @@ def _roll_back(built: Built, reporter: Reporter) -> None:
     load_checkpoint(point, inspection.trained, run.update, inspection.device)
     run.state.go_back_to(point.state)
     built.metrics.rewind(run.state.step)
+    inspection.forget_losses()
     built.loader.close()
     built.loader = run.batches = built.make_loader()
     reporter.notify("rolled_back", f"The run goes on from {point.folder.name}.", step=run.state.step)
@@ -72,7 +85,6 @@ def _roll_back(built: Built, reporter: Reporter) -> None:
 
 def _finish(built: Built, reporter: Reporter, job: JobDir) -> None:
     state, inspection, output_dir = built.run.state, built.inspection, Path(job.read_spec().output_dir)
-    built.metrics.drain()
     inspection.final_checkpoint(state)
     pipeline = inspection.export()
     inspection.measure(state)
