@@ -109,8 +109,8 @@ def test_thirty_kills_change_nothing(real: ServerProcess) -> None:
     The killed job is started again with `latest`; a run that is finished is followed by another one. Two ranks are for
     later: several devices per job are not built yet.
 
-    27 starts of a server (1 s of processor time each) and 7 of a trainer (5 to 6 s): by that 65 s on two free cores.
-    Measured on two shared ones: 101 s at a load of 4.
+    27 starts of a server and 7 of a trainer. Measured on two cores: 83 s when little else ran, 101 to 157 s beside
+    other work (load 4 to 7).
     """
     killer = Killer(real, SEED)
     killer.go_on()
