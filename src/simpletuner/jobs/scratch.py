@@ -23,6 +23,7 @@ QUIET: dict[str, Any] = {
     "post_checkpoint_script": None,
     "post_upload_script": None,
     "disk_low_threshold": None,
+    "publishing_config": None,
     "push_to_hub": False,
     "push_checkpoints_to_hub": False,
     "validation_method": "simpletuner-local",
