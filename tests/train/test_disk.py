@@ -67,7 +67,7 @@ def test_stop_ends_the_run_before_the_save(shared: TinyWorld) -> None:
 
 
 def test_a_script_makes_room_or_does_not(shared: TinyWorld) -> None:
-    file = shared.root / "asked"
+    file = shared.root / "disk-asked"
     script = {"disk_low_threshold": NEVER, "disk_low_action": "script", "disk_low_script": f"touch {file}"}
     ran = shared.main(shared.job(output_dir="scripted", **SAVES, **script))
     assert ran.code == 73 and file.exists()

@@ -167,7 +167,7 @@ def test_without_a_place_nothing_is_uploaded(shared: TinyWorld, tmp_path: Path) 
 
 
 def test_a_checkpoint_is_kept_while_it_is_uploaded(shared: TinyWorld, hub: HubServer) -> None:
-    output, seen = shared.root / "kept", []
+    output, seen = shared.root / "uploaded-kept", []
 
     def wait(path: str) -> None:
         while path.endswith("/preupload/main") and not (output / "checkpoint-4" / MANIFEST).exists():
@@ -178,7 +178,7 @@ def test_a_checkpoint_is_kept_while_it_is_uploaded(shared: TinyWorld, hub: HubSe
 
     hub.before = wait
     options = {"checkpoint_step_interval": 2, "checkpoints_total_limit": 1, "push_checkpoints_to_hub": True}
-    ran = shared.run(output_dir="kept", **options, **TO_HUB)
+    ran = shared.run(output_dir="uploaded-kept", **options, **TO_HUB)
     assert seen == [True] and [row["status"] for row in uploads(ran)] == ["completed"] * 3
     assert "checkpoint-2/training_state.json" in hub.files
 
