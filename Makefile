@@ -9,8 +9,11 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python -m scripts.demo
 
+# The slow tests mostly wait for processes that they start: they run beside the others.
 test: lint
-	$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m slow -p no:cacheprovider & slow=$$!; \
+	$(BIN)/python -m pytest -m "not slow"; fast=$$?; \
+	wait $$slow && exit $$fast
 
 check: lint
 	$(BIN)/python -m pytest -m "not slow"
