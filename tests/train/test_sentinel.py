@@ -19,7 +19,7 @@ from simpletuner.errors import ExitCode, UserError
 from simpletuner.events import Journal
 from simpletuner.families.base import build_family
 from simpletuner.families.registry import load_spec
-from simpletuner.job import JobDir
+from simpletuner.job import Command, CommandName, JobDir
 from simpletuner.train.inputs import Preparation
 from simpletuner.train.quarantine import Quarantine
 from simpletuner.train.report import Reporter
@@ -197,6 +197,26 @@ def test_a_poisoned_sample_is_named_and_the_run_ends_well(world: TinyWorld, what
     rows = [json.loads(line) for line in (job.artifacts / "ledger-tiny.jsonl").read_text().splitlines()]
     assert next(row for row in rows if f"tiny/{row['path']}" == sample)["reason"] == "quarantined"
     assert len(rows) == 24
+
+
+def test_what_was_asked_outlives_going_back(world: TinyWorld) -> None:
+    """A request that comes with the step that goes wrong is answered after it, once."""
+    options = {"max_train_steps": 30, "checkpoint_step_interval": 1, "nonfinite_action": "rollback",
+               "caption_dropout_probability": 0.0, "output_dir": "asked-while-bad"}  # fmt: skip
+    job, sample = poison(world, "red_64x64", None, **options)
+    asked = False
+
+    def ask(_count: int, loss: torch.Tensor) -> torch.Tensor:
+        nonlocal asked
+        if not loss.isfinite() and not asked:
+            asked = True
+            job.send(Command(command=CommandName.CHECKPOINT, request_id="mine"))
+        return loss
+
+    ran = world.main(job, ask)
+    assert ran.code == 0 and asked and ran.notices("rolled_back")
+    answers = [event["checkpoint"]["step"] for event in ran.of_type("training.checkpoint") if event.get("request_id")]
+    assert len(answers) == 1, sample
 
 
 def test_strikes_survive_a_restart(world: TinyWorld) -> None:

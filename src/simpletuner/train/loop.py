@@ -76,7 +76,7 @@ def train(run: Run) -> Outcome:
         run.metrics.record(facts, total_loss, norm)
         total_loss.zero_()
         used, count, waited_s = [], 0, 0.0
-        requests = run.requests.read()
+        requests = run.requests.read(run.metrics.drain)
         if run.due.checkpoint(state, requests):
             run.inspection.checkpoint(state, requests)
         if run.due.validation(state, requests):

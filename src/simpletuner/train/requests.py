@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Literal
@@ -43,9 +44,14 @@ class RequestReader:
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
 
-    def read(self) -> Requests:
-        """Take what has come. Called after an optimizer step only."""
+    def read(self, settle: Callable[[], None] = lambda: None) -> Requests:
+        """Take what has come. Called after an optimizer step only.
+
+        `settle` is called before anything is taken: where it raises, what was asked still waits.
+        """
         self._collect()
+        if self._validate or self._checkpoint or self._end:
+            settle()
         taken = Requests(tuple(self._validate), tuple(self._checkpoint), self._end)
         self._validate.clear()
         self._checkpoint.clear()
