@@ -222,6 +222,12 @@ def test_a_rule_names_its_option(place: Place, options: dict[str, Any], pointer:
 NO_EFFECTS: list[tuple[dict[str, Any], str]] = [
     ({"flow_schedule_shift": 3.0}, "flow_schedule_shift"),
     ({"lora_rank": 4}, "lora_rank"),
+    ({"early_stop_patience": 3}, "early_stop_patience"),
+    ({"validation_preview_steps": 4}, "validation_preview_steps"),
+    (
+        {"validation_method": "external-script", "validation_external_script": "true", "validation_preview": True},
+        "validation_preview",
+    ),
     ({"num_eval_images": 2}, "num_eval_images"),
     ({"conditioning_multidataset_sampling": "combined"}, "conditioning_multidataset_sampling"),
     ({"masked_loss_probability": 0.5}, "masked_loss_probability"),

@@ -180,6 +180,17 @@ def _dependent(at: Situation) -> Iterator[Problem]:
             yield warning_about("option_no_effect", name, f"--{name} has no effect: --{switch} is {shown}.")
 
 
+def _held_out(at: Situation) -> Iterator[Problem]:
+    """Giving up needs a loss that is measured."""
+    measured = not at.values["eval_loss_disable"] and any(
+        entry["dataset_type"] == "eval" and not entry["disabled"] for entry in at.datasets
+    )
+    if at.given("early_stop_patience") and not measured:
+        message = "--early_stop_patience has no effect: no held-out loss is measured."
+        hint = 'Add a dataset of "dataset_type": "eval".'
+        yield warning_about("option_no_effect", "early_stop_patience", message, hint)
+
+
 def _alignment(at: Situation) -> Iterator[Problem]:
     if at.given("aspect_bucket_alignment"):
         fixed = at.spec.layer_values(at.values["model_flavour"])["aspect_bucket_alignment"]
@@ -348,6 +359,7 @@ _RULES: tuple[tuple[Callable[[Situation], Iterator[Problem]], tuple[str, ...]], 
     (_webhooks, ("webhook_config",)),
     (_wrong_family, ("clip_skip", "prediction_type")),
     (_dependent, tuple({switch for switch, _ in _ACTS_WITH.values()})),
+    (_held_out, ("datasets", "eval_loss_disable", "early_stop_patience")),
     (_alignment, ("aspect_bucket_alignment", "model_flavour")),
     (_sizes, ("resolution", "resolution_type", "maximum_image_size", "target_downsample_size", "minimum_image_size")),
     (_timesteps, ("timestep_bias_strategy", "timestep_bias_begin", "timestep_bias_end", "refiner_training",

@@ -17,6 +17,8 @@ from simpletuner.config.train_config import TrainConfig, option_fields
 from simpletuner.errors import Problem, UserError
 
 LOCAL_CHECKPOINT = "local_checkpoint_path"
+_DRAWN_HERE = ("disable_benchmark", "validation_preview")
+_VALIDATED_ELSEWHERE = ("validation_external_script", "validation_external_background")
 SCRIPTS = ("validation_external_script", "post_checkpoint_script", "post_upload_script", "disk_low_script")
 _PLACEHOLDER = re.compile(r"\{((?:env:)?[A-Za-z_][A-Za-z0-9_]*)\}")
 _OF_THE_MOMENT = (LOCAL_CHECKPOINT, "remote_checkpoint_path", "global_step")
@@ -84,7 +86,11 @@ def script_rule(at: Situation) -> Iterator[Problem]:
     if external and at.values["validation_external_script"] is None:
         message = "--validation_method external-script needs --validation_external_script."
         yield error_about("incompatible_options", "validation_external_script", message, "Name the program to run.")
-    idle = ("disable_benchmark",) if external else ("validation_external_script", "validation_external_background")
+    idle = (
+        ("disable_benchmark", "validation_preview")
+        if external
+        else ("validation_external_script", "validation_external_background")
+    )
     for option in idle:
         if at.given(option):
             method = at.values["validation_method"]
