@@ -6,10 +6,9 @@ A local checkpoint is uploaded to fal's own store.
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import httpx2
-from provider import Provider, find_lora, read_lora_request, save_images
+from provider import Provider, find_lora, lora_input, read_lora_request, save_images
 from request import WEIGHTS, Request, refuse
 
 MODEL = os.environ.get("FAL_MODEL", "fal-ai/flux-lora")
@@ -33,12 +32,7 @@ def main() -> None:
 
     lora, number = find_lora(request, upload), 0
     for width, height in request.sizes:
-        wanted: dict[str, Any] = {
-            "prompt": request.prompt,
-            "loras": [{"path": lora, "scale": 1.0}],
-            "num_inference_steps": request.steps,
-            "guidance_scale": request.guidance,
-            "seed": request.seed,
+        wanted = lora_input(request, lora) | {
             "image_size": {"width": width, "height": height},
             "output_format": "png",
         }

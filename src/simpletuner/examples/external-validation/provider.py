@@ -71,3 +71,14 @@ def find_lora(request: Request, upload: Callable[[Request], str] | None) -> str:
     if upload is None or not request.checkpoint:
         refuse("There is no address of the LoRA file: give --remote or --huggingface.")
     return upload(request)
+
+
+def lora_input(request: Request, lora: str) -> dict[str, Any]:
+    """What services that run diffusers' LoRA pipelines call alike; each has its own way to name a size."""
+    return {
+        "prompt": request.prompt,
+        "loras": [{"path": lora, "scale": 1.0}],
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance,
+        "seed": request.seed,
+    }

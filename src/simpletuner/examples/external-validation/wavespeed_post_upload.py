@@ -6,9 +6,8 @@ WaveSpeed's own store takes no LoRA files: the address of the upload, or a hub r
 from __future__ import annotations
 
 import os
-from typing import Any
 
-from provider import Provider, find_lora, read_lora_request, save_images
+from provider import Provider, find_lora, lora_input, read_lora_request, save_images
 
 MODEL = os.environ.get("WAVESPEED_MODEL", "wavespeed-ai/flux-dev-lora")
 
@@ -18,12 +17,7 @@ def main() -> None:
     wavespeed = Provider(os.environ.get("WAVESPEED_BASE_URL", "https://api.wavespeed.ai"), "WAVESPEED_API_KEY")
     lora, number = find_lora(request, None), 0
     for width, height in request.sizes:
-        wanted: dict[str, Any] = {
-            "prompt": request.prompt,
-            "loras": [{"path": lora, "scale": 1.0}],
-            "num_inference_steps": request.steps,
-            "guidance_scale": request.guidance,
-            "seed": request.seed,
+        wanted = lora_input(request, lora) | {
             "size": f"{width}*{height}",
         }
         made = wavespeed.ask("POST", f"{wavespeed.base}/api/v3/{MODEL}", json=wanted)
