@@ -26,7 +26,7 @@ class Post:
         """Of a multipart body, by field name."""
         whole = message_from_bytes(b"Content-Type: " + self.headers["Content-Type"].encode() + b"\n\n" + self.content)
         assert whole.is_multipart()
-        return {str(part.get_param("name", header="content-disposition")): part for part in whole.get_payload()}  # type: ignore[union-attr]
+        return {str(part.get_param("name", header="content-disposition")): part for part in whole.get_payload()}
 
 
 class Receiver:

@@ -20,7 +20,7 @@ def devices(count: int) -> list[Device]:
 
 
 def job(name: str, order: int = 1, **more: object) -> Candidate:
-    return replace(Candidate(job_id=name, order=order, queued_at=NOW), **more)  # type: ignore[arg-type]
+    return replace(Candidate(job_id=name, order=order, queued_at=NOW), **more)
 
 
 @st.composite

@@ -118,7 +118,7 @@ def test_sockets_are_closed_with_a_reason(shared_server: ServerProcess) -> None:
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1008
     with pytest.raises(InvalidStatus) as refused:
-        connect(url, origin="http://evil.example")  # type: ignore[arg-type]
+        connect(url, origin="http://evil.example")
     assert refused.value.response.status_code == 403
 
 

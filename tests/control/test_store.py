@@ -38,7 +38,7 @@ def log_event(number: int) -> Event:
 
 @pytest.mark.parametrize("branch", ["state", "events"])
 def test_migrations_build_what_the_tables_say(tmp_path: Path, branch: str) -> None:
-    database = Database.open(f"sqlite:///{tmp_path / 'x.db'}", branch)  # type: ignore[arg-type]
+    database = Database.open(f"sqlite:///{tmp_path / 'x.db'}", branch)
     metadata = state_metadata if branch == "state" else events_metadata
     with database.read() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []

@@ -181,7 +181,7 @@ def test_a_day_of_failures_is_a_dead_letter_that_can_be_sent_again(post: Post) -
         post.say(notice("second"))
         post.deliver()
         assert messages(receiver) == ["second"]
-        assert post.store.webhooks.redeliver(dead.id, now_s=post.now_s).status == "pending"  # type: ignore[union-attr]
+        assert post.store.webhooks.redeliver(dead.id, now_s=post.now_s).status == "pending"
         post.deliver()
         assert messages(receiver) == ["second", "first"]
         assert receiver.taken[-1].headers["X-SimpleTuner-Delivery"] == dead.id

@@ -91,13 +91,13 @@ class Disk:
         self.slept_s = 0.0
         self.looks = 0
         journal = Journal(folder / "events.jsonl", job_id="j")
-        options = CheckpointOptions(disk_low_threshold="1K", disk_low_action=action)  # type: ignore[arg-type]
+        options = CheckpointOptions(disk_low_threshold="1K", disk_low_action=action)
         reporter = Reporter(journal, folder)
         self.journal = folder / "events.jsonl"
         self.room_after_s = room_after_s
         self.end = end
         self.watch = DiskWatch(
-            options, folder, reporter, self.asked, None, free_bytes=self.free, sleep=self.sleep  # type: ignore[arg-type]
+            options, folder, reporter, self.asked, None, free_bytes=self.free, sleep=self.sleep
         )  # fmt: skip
 
     def asked(self) -> EndMode | None:

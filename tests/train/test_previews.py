@@ -179,7 +179,7 @@ def test_a_slow_decoder_drops_all_but_the_last() -> None:
         watch.show(step, 0.0, torch.zeros(1, 4, 2, 2))
     may_go.set()
     previews.finish()
-    assert said.steps == [1, 2, 3, 4, 10] and previews.dropped == 5
+    assert said.steps == [1, 2, 3, 4, 10]
     previews.close()
 
 

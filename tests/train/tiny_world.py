@@ -126,11 +126,11 @@ def at_each_backward(hook: Hook) -> Generator[None]:
         count += 1
         plain(hook(count, self), *args, **keys)
 
-    torch.Tensor.backward = backward  # type: ignore[method-assign]
+    torch.Tensor.backward = backward
     try:
         yield
     finally:
-        torch.Tensor.backward = plain  # type: ignore[method-assign]
+        torch.Tensor.backward = plain
 
 
 @dataclass(slots=True)
@@ -232,7 +232,7 @@ class TinyWorld:
         words = [sys.executable, "-c", code, str(job.root)]
         ended = subprocess.run(words, check=False, env=environment, capture_output=True, text=True)
         found = self.ran(job, ExitCode.DONE)
-        found.code = ended.returncode  # type: ignore[assignment]
+        found.code = ended.returncode
         return found
 
     def ran(self, job: JobDir, code: ExitCode) -> Ran:

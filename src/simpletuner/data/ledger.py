@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,11 @@ def write_ledger(manifest: Manifest, path: Path) -> None:
     write_atomic(path, "".join(line + "\n" for line in lines).encode())
 
 
-def mark_dropped(path: Path, sample: str, reason: str) -> None:
-    """Say in a ledger that was written what became of one of its files later on."""
+def mark_dropped(path: Path, dropped: Collection[str], reason: str) -> None:
+    """Say in a ledger that was written what became of some of its files later on."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
-        if row["path"] == sample:
+        if row["path"] in dropped:
             row |= {"status": "dropped", "reason": reason}
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 

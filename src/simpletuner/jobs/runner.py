@@ -277,6 +277,7 @@ def main(argv: list[str]) -> int:
         try:
             Run(job, spec).run()
         except Exception as error:
+            # Whatever breaks here, the supervisor must find how the job ended; the traceback goes on to the log.
             job.write_exit(
                 ExitRecord(code=ExitCode.BUG, attempt=spec.attempt, error_code="runner_failed", message=repr(error))
             )

@@ -52,6 +52,7 @@ class Boundary:
         try:
             await self._app(scope, receive, send_with_headers)
         except Exception:
+            # A bug is logged whole and answered in the one error shape; the server goes on.
             log.exception("Request %s failed: %s %s", request_id, scope.get("method", scope["type"]), scope["path"])
             if scope["type"] == "http" and not answered:
                 detail = "An internal error occurred. The server's log has it under this request id."

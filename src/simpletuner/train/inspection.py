@@ -166,6 +166,7 @@ class Inspection:
         self.hooks.finish()
 
     def close(self) -> None:
+        self.validation.close()
         self.publisher.close()
         self.hooks.close()
 

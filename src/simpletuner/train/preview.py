@@ -82,7 +82,6 @@ class Previews:
         self._decode: Decode | None = None
         self._waiting: list[Future[None]] = []
         self._has_failed = False
-        self.dropped = 0
 
     def watch(self, image: ValidationImageData) -> Watch:
         """`image` describes the finished one: its `step` is the number of sampler steps."""
@@ -90,7 +89,6 @@ class Previews:
         def show(step: int, timestep: float, latents: Tensor) -> None:
             self._waiting = [future for future in self._waiting if not future.done()]
             if len(self._waiting) >= _MOST_WAITING and step < image.step:
-                self.dropped += 1
                 return
             changes = {
                 "step": step,

@@ -102,6 +102,7 @@ class Rehearsal:
         denoiser = family.load_denoiser()
         prepare_denoiser(denoiser, config, family.spec)
         buffers = build_buffers(denoiser)
+        # State that is alive as long as this list.
         kept: list[Any] = [Ema(buffers, config.precision.ema_decay)] if config.precision.use_ema else []
         ratio = self._state_ratio
         if ratio is None:

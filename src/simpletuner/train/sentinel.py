@@ -107,9 +107,12 @@ class Sentinel:
             for sample in dict.fromkeys(judged.samples)
             if self._quarantine.strike(sample, STRIKES if at_once else 1)
         ]
+        paths: dict[str, set[str]] = {}
         for sample in fresh:
             dataset, _, path = sample.partition("/")
-            mark_dropped(self._ledger(dataset), path, "quarantined")
+            paths.setdefault(dataset, set()).add(path)
+        for dataset, dropped in paths.items():
+            mark_dropped(self._ledger(dataset), dropped, "quarantined")
         if fresh:
             names = ", ".join(fresh)
             self._reporter.warn(

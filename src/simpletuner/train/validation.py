@@ -70,6 +70,10 @@ class Validation:
         self._output_dir = output_dir
         self._reporter = reporter
 
+    def close(self) -> None:
+        if self._previews is not None:
+            self._previews.close()
+
     @property
     def is_off(self) -> bool:
         return self._options.validation_disable or not self._pictures
