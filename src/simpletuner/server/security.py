@@ -29,6 +29,9 @@ class Identity:
     is_admin: bool
     by: Literal["loopback"]
 
+    def may(self, permission: str) -> bool:
+        return self.is_admin
+
 
 LOCAL = Identity(user_id="local", is_admin=True, by="loopback")
 
