@@ -116,6 +116,16 @@ class ExitRecord(_Record):
     log_tail: list[str] = Field(default_factory=list)
 
 
+class RankError(_Record):
+    """Why a rank other than the first gave up: the first one, which speaks for all, may not hear of it."""
+
+    rank: int
+    code: str
+    message: str
+    hint: str
+    exit_code: int
+
+
 def new_job_id() -> str:
     return secrets.token_hex(6)
 
@@ -225,6 +235,18 @@ class JobDir:
             return ExitRecord.model_validate_json((self.root / "exit.json").read_bytes())
         except FileNotFoundError:
             return None
+
+    def write_rank_error(self, error: RankError) -> None:
+        write_atomic(self.root / f"rank-{error.rank}.json", error.model_dump_json().encode())
+
+    def read_rank_error(self) -> RankError | None:
+        """The earliest of this attempt."""
+        found = sorted(self.root.glob("rank-*.json"), key=lambda path: path.stat().st_mtime_ns)
+        return RankError.model_validate_json(found[0].read_bytes()) if found else None
+
+    def forget_rank_errors(self) -> None:
+        for path in self.root.glob("rank-*.json"):
+            path.unlink()
 
     def open_journal(self) -> Journal:
         spec = self.read_spec()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from simpletuner.config.prompt import parse_resolutions, plan_prompts
 from simpletuner.config.validation_options import ValidationOptions
+from simpletuner.data.loader import Members
 from simpletuner.data.plan import Position
 from simpletuner.errors import UserError
 from simpletuner.events import Event, EventType
@@ -149,12 +150,15 @@ def test_what_is_due() -> None:
 # --- metrics
 
 
+MEMBERS = Members(("set/a.png", "set/b.png"), (0, 0), ("", "b"))
+
+
 def metrics(path: Path, emitted: list[Event], total: int = 1000) -> Metrics:
     return Metrics(emitted.append, path, total, CPU, lambda judged: None)
 
 
 def facts(step: int) -> StepFacts:
-    return StepFacts(step, 0, 1e-4, 4, 0.0, (Used(("set/a.png", "set/b.png"), ("", "b"), torch.zeros(2)),))
+    return StepFacts(step, 0, 1e-4, 4, 0.0, (Used(MEMBERS, torch.Size((2, 4, 8, 8)), 0),))
 
 
 def record(found: Metrics, step: int, loss: float = 1.0, norm: float = 1.0) -> None:

@@ -14,6 +14,7 @@ from tiny_world import Ran, TinyWorld
 
 from simpletuner.checkpoints import BEST, list_checkpoints, prune_checkpoints
 from simpletuner.data.cache import CacheStore
+from simpletuner.data.loader import Members
 from simpletuner.data.prepare import LATENTS, latent_key, text_key
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.events import Journal
@@ -29,6 +30,11 @@ from simpletuner.train.sentinel import Judged, RollBack, Sentinel, Used
 GOOD, NAN = (1.0, 1.0), (math.nan, math.nan)
 
 
+def times(used: Used, step: int) -> torch.Tensor:
+    """Not drawn: 100, 101, …"""
+    return torch.arange(len(used.members.samples)) + 100
+
+
 class Court:
     """A sentinel with a real reporter and one ledger."""
 
@@ -39,13 +45,14 @@ class Court:
         self.ledger.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.journal = folder / "events.jsonl"
         reporter = Reporter(Journal(self.journal, job_id="job"), folder)
-        self.sentinel = Sentinel(self.quarantine, reporter, lambda name: self.ledger, **options)
+        self.sentinel = Sentinel(self.quarantine, reporter, lambda name: self.ledger, times, **options)
         self.step = 0
 
     def see(self, value: tuple[float, float], *names: str) -> None:
         self.step += 1
         samples = tuple(f"set/{name}.png" for name in names)
-        used = Used(samples, tuple(f"a picture of {name}" for name in names), torch.arange(len(names)) + 100)
+        captions = tuple(f"a picture of {name}" for name in names)
+        used = Used(Members(samples, (0,) * len(names), captions), torch.Size((len(names), 4, 8, 8)), 0)
         self.sentinel.see(Judged(self.step, *value, (used,)))
 
     def notices(self, code: str) -> list[dict[str, Any]]:

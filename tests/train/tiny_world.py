@@ -178,7 +178,11 @@ class TinyWorld:
         config, provenance, datasets = freeze(self.resolve(**options))
         name = f"job{self._num_jobs}"
         spec = JobSpec(
-            job_id=name, workspace=str(self.root), config_dir=str(self.root), output_dir=config["output_dir"]
+            job_id=name,
+            workspace=str(self.root),
+            config_dir=str(self.root),
+            output_dir=config["output_dir"],
+            num_processes=config["num_processes"],
         )
         return JobDir.create(self.root / "jobs" / name, spec, config=config, provenance=provenance, datasets=datasets)
 

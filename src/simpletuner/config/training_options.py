@@ -28,7 +28,7 @@ class RunOptions(OptionGroup):
     seed: Annotated[Annotated[int, Field(ge=-1, lt=2**63)] | None, Ui(tab="training", order=5)] = None
     """Seed of everything that is drawn. Empty, 0 or -1: drawn once when the job is frozen, then recorded."""
 
-    num_processes: Annotated[PositiveInt, Ui(tab="hardware", order=30, later=True)] = 1
+    num_processes: Annotated[PositiveInt, Ui(tab="hardware", order=30)] = 1
     """Training processes, one per device."""
 
     accelerate_config: Annotated[str | None, Ui(tab="hardware", order=31, later=True, path=True)] = None

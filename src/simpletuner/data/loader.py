@@ -30,6 +30,15 @@ CollateText = Callable[[Sequence[Entry]], dict[str, Tensor]]
 """The text entries of the samples of a batch → its tensors, first dimension B."""
 
 
+@dataclass(frozen=True, slots=True)
+class Members:
+    """The samples of a group, those of all ranks in order."""
+
+    samples: tuple[str, ...]
+    visits: tuple[int, ...]
+    captions: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """One rank's share of one group."""
@@ -53,6 +62,12 @@ class Batch:
     """Weight of each latent in the loss."""
     is_last_micro: bool = True
     """Whether the optimizer steps after it."""
+    others: Members | None = None
+    """The whole group, where this rank's share is not all of it."""
+
+    @property
+    def members(self) -> Members:
+        return self.others or Members(self.samples, self.visits, self.captions)
 
     def to(self, device: torch.device) -> Batch:
         """On the device. Does not wait for the copy where the batch is pinned."""
@@ -147,26 +162,31 @@ class BatchReader:
         Raises CorruptEntry, or UserError `cache_entry_missing`.
         """
         source = self._latents[group.dataset_id]
-        manifest = source.manifest
-        samples = tuple(manifest.sample(use.sample) for use in uses)
-        captions = tuple(self._caption(manifest, use, sample) for use, sample in zip(uses, samples, strict=True))
+        own = self.members(group, uses)
         rows = [use.sample for use in uses]
-        texts = _get(self._text.store, [text_key(caption, self._text.fingerprint) for caption in captions])
+        texts = _get(self._text.store, [text_key(caption, self._text.fingerprint) for caption in own.captions])
         chosen = None if self._combined or held_out else self._chosen_references(group, source, uses)
         batch = Batch(
             latents_BCHW=torch.stack(source.read(rows)),
             text=self._collate_text(texts),
             references=_references(source, rows, chosen),
-            mask_BHW=self._mask(source, uses, samples, held_out=held_out),
-            samples=samples,
-            visits=tuple(use.visit for use in uses),
-            captions=captions,
+            mask_BHW=self._mask(source, uses, own.samples, held_out=held_out),
+            samples=own.samples,
+            visits=own.visits,
+            captions=own.captions,
             dataset_id=group.dataset_id,
             target=(group.bucket[0], group.bucket[1]),
             position=group.position,
             next_position=group.next_position,
         )
         return batch.pinned() if self._pin_memory else batch
+
+    def members(self, group: Group, uses: Sequence[Use]) -> Members:
+        """Who the uses of a group are; nothing is read."""
+        manifest = self._latents[group.dataset_id].manifest
+        samples = tuple(manifest.sample(use.sample) for use in uses)
+        captions = tuple(self._caption(manifest, use, sample) for use, sample in zip(uses, samples, strict=True))
+        return Members(samples, tuple(use.visit for use in uses), captions)
 
     def others(self, group: Group, without: AbstractSet[str]) -> list[int]:
         """Samples of the group's bucket that are not in `without`."""
@@ -282,7 +302,7 @@ class Loader:
                 raise _failure(error) from error
             self._ready.append(self._waiting.popleft().result())
         made = self._ready.popleft()
-        return made.batch if self._without.isdisjoint(made.batch.samples) else self._stand_in(made)
+        return made.batch if self._without.isdisjoint(made.batch.members.samples) else self._stand_in(made)
 
     def close(self) -> None:
         """Ends the worker, after the batch it is making."""
@@ -296,14 +316,22 @@ class Loader:
 
     def _make(self) -> Made:
         group = next(self._groups)
-        batch = self._reader.read(group, group.of_rank(self._rank, self._world_size))
         self._num_made += 1
-        return Made(group, replace(batch, is_last_micro=self._num_made % self._accumulation == 0))
+        return Made(group, self._read(group, is_last_micro=self._num_made % self._accumulation == 0))
+
+    def _read(self, group: Group, *, is_last_micro: bool) -> Batch:
+        """This rank's share."""
+        batch = self._reader.read(group, group.of_rank(self._rank, self._world_size))
+        others = None if self._world_size == 1 else self._reader.members(group, group.entries)
+        return replace(batch, is_last_micro=is_last_micro, others=others)
 
     def _stand_in(self, made: Made) -> Batch:
-        """The batch with healthy samples of its group, else of its bucket, in the places of those left out."""
-        uses = made.group.of_rank(self._rank, self._world_size)
-        is_out = [sample in self._without for sample in made.batch.samples]
+        """The batch with healthy samples of its group, else of its bucket, in the places of those left out.
+
+        Chosen for the whole group, so that all ranks choose alike.
+        """
+        uses = made.group.entries
+        is_out = [sample in self._without for sample in made.batch.members.samples]
         healthy = [use.sample for use, out in zip(uses, is_out, strict=True) if not out]
         healthy = healthy or self._reader.others(made.group, self._without)
         if not healthy:
@@ -315,9 +343,8 @@ class Loader:
                 exit_code=ExitCode.DATA,
             )
         spare = cycle(healthy)
-        chosen = [Use(next(spare), use.visit) if out else use for use, out in zip(uses, is_out, strict=True)]
-        batch = self._reader.read(made.group, chosen)
-        return replace(batch, is_last_micro=made.batch.is_last_micro)
+        chosen = tuple(Use(next(spare), use.visit) if out else use for use, out in zip(uses, is_out, strict=True))
+        return self._read(replace(made.group, entries=chosen), is_last_micro=made.batch.is_last_micro)
 
 
 def _failure(error: BaseException) -> UserError:

@@ -1,6 +1,7 @@
 """Fill the caches: readers decode ahead, the caller's thread encodes, a writer stores. training.md §3.8, §10.2.
 
-Ranks share the work: rank r takes every R-th batch. What is stored does not depend on who stored it.
+Ranks share the work by the keys of what is missing, so that they need not agree on when they look. What is stored does
+not depend on who stored it.
 """
 
 from __future__ import annotations
@@ -74,6 +75,16 @@ class Prepared:
     """Keys of corrupt entries that were made anew: the notice `cache_entry_rebuilt`."""
     is_stopped: bool = False
 
+    def merged(self, ranks: Sequence[Prepared]) -> Prepared:
+        """What became of it over all `ranks`, this one among them: what another one made was not here before."""
+        found = Prepared()
+        for part in ranks:
+            found.encoded += part.encoded
+            found.dropped |= part.dropped
+            found.rebuilt = sorted({*found.rebuilt, *part.rebuilt})
+        found.reused = self.reused + self.encoded + len(self.dropped) - found.encoded - len(found.dropped)
+        return found
+
 
 def latent_key(manifest: Manifest, row: int, fingerprint: str) -> str:
     transform = f"{DECODING} {manifest.plan(row).transform}"
@@ -101,13 +112,13 @@ def encode_latents(
     Raises UserError `data_defects` (65) when more than 1 % of the dataset's files are broken.
     """
     row_of = {latent_key(manifest, row, encoder.fingerprint): row for row in manifest.kept.tolist()}
-    missing = set(store.missing(list(row_of)))
+    missing = set(_share(store.missing(list(row_of)), rank, world_size))
     prepared = Prepared(reused=len(row_of) - len(missing), rebuilt=sorted(store.corrupt & missing))
     batches = [
         batch
         for members in _by_bucket(manifest, {key: row for key, row in row_of.items() if key in missing})
         for batch in _chunks(members, manifest.dataset.vae_batch_size)
-    ][rank::world_size]
+    ]
     rows = [row_of[key] for batch in batches for key in batch]
     with (
         _Writer(store, write_batch_size) as writer,
@@ -125,7 +136,7 @@ def encode_latents(
                     prepared.dropped[row_of[key]] = str(result)
                 else:
                     pixels[key] = result
-            _check_dropped(manifest, prepared.dropped)
+            check_dropped(manifest, prepared.dropped)
             if pixels:
                 stacked_BCHW = torch.as_tensor(np.stack(list(pixels.values()))).permute(0, 3, 1, 2).contiguous()
                 latents = encoder.encode(stacked_BCHW, list(pixels), sample=manifest.kind == LATENTS)
@@ -149,10 +160,10 @@ def encode_texts(
 ) -> Prepared:
     """Store an entry for each distinct caption that has none; captions of like length share a batch."""
     caption_of = {text_key(caption, encoder.fingerprint): caption for caption in captions}
-    missing = store.missing(list(caption_of))
+    missing = _share(store.missing(list(caption_of)), rank, world_size)
     prepared = Prepared(reused=len(caption_of) - len(missing), rebuilt=sorted(store.corrupt.intersection(missing)))
     ordered = sorted(missing, key=lambda key: (len(caption_of[key]), caption_of[key]))
-    batches = list(_chunks(ordered, batch_size))[rank::world_size]
+    batches = list(_chunks(ordered, batch_size))
     total = sum(map(len, batches))
     with _Writer(store, write_batch_size) as writer:
         for batch in batches:
@@ -178,7 +189,12 @@ def _decode(manifest: Manifest, row: int) -> Pixels | UnreadablePicture:
         return UnreadablePicture(f"{manifest.paths[row]}: {error}")
 
 
-def _check_dropped(manifest: Manifest, dropped: Mapping[int, str]) -> None:
+def _share(keys: list[str], rank: int, world_size: int) -> list[str]:
+    """What this rank has to make of it."""
+    return [key for key in keys if int(key[:8], 16) % world_size == rank]
+
+
+def check_dropped(manifest: Manifest, dropped: Mapping[int, str]) -> None:
     if len(dropped) * 100 <= len(manifest):
         return
     first = next(iter(dropped.values()))

@@ -36,11 +36,11 @@ class FlowObjective:
     def draw(self, latents_BCHW: Tensor, visits: Sequence[tuple[str, int]], *, step: int, first: int) -> Noised:
         """Noise and level of each visit; `step` and `first` do not matter: nothing is stratified."""
         noise = sample_noise(latents_BCHW.shape, self._seed, "noise", visits)
-        levels = [self._level(sample, visit) for sample, visit in visits]
-        if not self._is_fast:
-            shift = self.shift(latents_BCHW.shape)
-            levels = [shift * level / (1 + (shift - 1) * level) for level in levels]
-        return self.at_levels(latents_BCHW, noise, levels)
+        return self.at_levels(latents_BCHW, noise, self._levels(latents_BCHW.shape, visits))
+
+    def timesteps(self, shape: torch.Size, visits: Sequence[tuple[str, int]], *, step: int, first: int) -> Tensor:
+        """t of each visit for latents of this shape; `step` and `first` do not matter."""
+        return 1000 * torch.tensor(self._levels(shape, visits), dtype=torch.float32)
 
     def at_levels(self, latents_BCHW: Tensor, noise_BCHW: Tensor, levels_B: Sequence[float]) -> Noised:
         """Given noise at given σ."""
@@ -57,6 +57,14 @@ class FlowObjective:
             return self._options.flow_schedule_shift or 1.0
         tokens = shape[-2] * shape[-1] // self._patch**2
         return math.exp(sampler_mu(self._scheduler, tokens))
+
+    def _levels(self, shape: torch.Size, visits: Sequence[tuple[str, int]]) -> list[float]:
+        """σ of each visit, shifted."""
+        levels = [self._level(sample, visit) for sample, visit in visits]
+        if self._is_fast:
+            return levels
+        shift = self.shift(shape)
+        return [shift * level / (1 + (shift - 1) * level) for level in levels]
 
     def _level(self, sample: str, visit: int) -> float:
         options = self._options

@@ -42,6 +42,10 @@ class Noised:
 class Objective(Protocol):
     def draw(self, latents_BCHW: Tensor, visits: Sequence[tuple[str, int]], *, step: int, first: int) -> Noised: ...
 
+    def timesteps(self, shape: torch.Size, visits: Sequence[tuple[str, int]], *, step: int, first: int) -> Tensor:
+        """t of each visit, as `draw` has it for latents of this shape."""
+        ...
+
     def at_levels(self, latents_BCHW: Tensor, noise_BCHW: Tensor, levels_B: Sequence[float]) -> Noised: ...
 
 
@@ -85,8 +89,12 @@ class DiffusionObjective:
         noise_BCHW = sample_noise(latents_BCHW.shape, self._seed, "noise", visits)
         if self._options.offset_noise:
             noise_BCHW += self._offset(latents_BCHW.shape, visits)
-        t_B = torch.from_numpy(self._timesteps.draw(step, first, visits))
+        t_B = self.timesteps(latents_BCHW.shape, visits, step=step, first=first)
         return self._noised(latents_BCHW, noise_BCHW, t_B)
+
+    def timesteps(self, shape: torch.Size, visits: Sequence[tuple[str, int]], *, step: int, first: int) -> Tensor:
+        """t of each visit; `shape` does not matter."""
+        return torch.from_numpy(self._timesteps.draw(step, first, visits))
 
     def at_levels(self, latents_BCHW: Tensor, noise_BCHW: Tensor, levels_B: Sequence[float]) -> Noised:
         """Given noise at given positions in [0, 1) of the schedule: for the held-out loss."""

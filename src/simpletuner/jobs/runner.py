@@ -65,6 +65,13 @@ TRAINER_DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads that spin while they wait make a step several times slower as soon as one core has other work."""
 
 
+def trainer_defaults(spec: JobSpec) -> dict[str, str]:
+    """Variables that the environment may override. Ranks share the cores."""
+    if spec.num_processes == 1:
+        return TRAINER_DEFAULTS
+    return TRAINER_DEFAULTS | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // spec.num_processes))}
+
+
 class Run:
     """One attempt of one job."""
 
@@ -79,6 +86,7 @@ class Run:
     def run(self) -> None:
         """Returns when no process of the trainer is left and `exit.json` says how it went."""
         kills_before = count_memory_kills()
+        self._job.forget_rank_errors()
         self._job.reserve_exit()
         signal.signal(signal.SIGTERM, self._on_term)
         signal.signal(signal.SIGINT, self._on_term)
@@ -97,7 +105,7 @@ class Run:
         trainer = subprocess.Popen(
             command,
             cwd=self._spec.workspace,
-            env=TRAINER_DEFAULTS | os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=trainer_defaults(self._spec) | os.environ | {"PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -158,8 +166,9 @@ class Run:
         if returncode == ExitCode.STORAGE and verdict.error_code is None:
             verdict = self._tell_of_full_disk()
         code, signal_number = (returncode, None) if returncode >= 0 else (None, -returncode)
-        if self._spec.num_processes > 1 and code not in {None, ExitCode.DONE} and verdict.exit_code is not None:
-            # torchrun ends with 1 whatever its ranks said.
+        if self._spec.num_processes > 1 and code is not None:
+            # torchrun ends with 1 whatever its ranks said, and with 0 when they ended as they were asked to.
+            verdict = verdict if verdict.exit_code is not None else self._verdict_of_ranks()
             code = verdict.exit_code
         asked = self._escalation.mode is not None
         error_code, message, hint = verdict.error_code, verdict.message, verdict.hint
@@ -181,14 +190,35 @@ class Run:
             log_tail=list(self._pump.tail),
         )
 
+    def _verdict_of_ranks(self) -> Verdict:
+        """Where the first of them was ended before it could speak."""
+        told = self._job.read_rank_error()
+        if told is not None:
+            verdict = Verdict(told.code, f"Rank {told.rank}: {told.message}", told.hint, told.exit_code)
+        else:
+            message = f"One of the {self._spec.num_processes} processes of the run ended without a word."
+            hint = "Look at the log. The run can go on from its last checkpoint."
+            verdict = Verdict("rank_lost", message, hint, ExitCode.OUTSIDE)
+        self._speak(verdict)
+        return verdict
+
+    def _speak(self, verdict: Verdict) -> None:
+        """In the trainer's place: the last line of a journal tells why the run failed."""
+        data = NoticeData(code=verdict.error_code or "", hint=verdict.hint or "", exit_code=verdict.exit_code)  # pyright: ignore[reportCallIssue]
+        self._pump.last_event = Event(
+            type=EventType.ERROR,
+            severity=Severity.ERROR,
+            title=verdict.error_code or "",
+            message=verdict.message or "",
+            data=data,
+        )
+
     def _tell_of_full_disk(self) -> Verdict:
         """In the trainer's place: there was no room in the journal for its last words."""
         message, hint = f"The disk of {self._job.root} is full.", "Make room; complete checkpoints are whole."
-        data = NoticeData(code="disk_full", hint=hint, exit_code=int(ExitCode.STORAGE))  # pyright: ignore[reportCallIssue]
-        self._pump.last_event = Event(
-            type=EventType.ERROR, severity=Severity.ERROR, title="disk_full", message=message, data=data
-        )
-        return Verdict("disk_full", message, hint, ExitCode.STORAGE)
+        verdict = Verdict("disk_full", message, hint, ExitCode.STORAGE)
+        self._speak(verdict)
+        return verdict
 
 
 def write_when_possible(job: JobDir, record: ExitRecord, *, sleep: Callable[[float], None] = time.sleep) -> None:

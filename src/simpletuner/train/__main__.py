@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.events import TrainingStatusData
-from simpletuner.job import JobDir
-from simpletuner.process import return_freed_memory
+from simpletuner.job import JobDir, RankError
+from simpletuner.process import die_with_parent, return_freed_memory
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import Ended, RequestReader
 
@@ -34,11 +36,23 @@ def main(folder: str, prepare: Callable[[Run], None] | None = None) -> ExitCode:
 
 def _main(folder: str, prepare: Callable[[Run], None] | None) -> ExitCode:
     job = JobDir(Path(folder))
-    journal = job.open_journal()
-    reporter = Reporter(journal, job.artifacts)
-    requests = RequestReader(job)
+    is_alone = job.read_spec().num_processes == 1
+    rank = 0 if is_alone else int(os.environ["RANK"])
+    if not is_alone:
+        die_with_parent(os.getppid())
+    reporter = Reporter(job.open_journal() if rank == 0 else None, job.artifacts)
+    requests = RequestReader(job, is_alone=is_alone)
     requests.listen_to_signals()
     return_freed_memory()
+    code = _run(job, rank, reporter, requests, prepare)
+    # torchrun takes any other end of a rank for a failure; how the run was asked to end, the journal tells.
+    return code if is_alone or code is not ExitCode.STOPPED else ExitCode.DONE
+
+
+def _run(
+    job: JobDir, rank: int, reporter: Reporter, requests: RequestReader, prepare: Callable[[Run], None] | None
+) -> ExitCode:
+    fail = partial(_fail, job, rank, reporter)
     try:
         import diffusers
         import transformers
@@ -52,33 +66,48 @@ def _main(folder: str, prepare: Callable[[Run], None] | None) -> ExitCode:
         _abort(reporter)
         status = "cancelled" if ended.mode == "cancel" else "stopped"
         reason = f"Asked to {ended.mode} before the first step."
-        reporter.status(TrainingStatusData(status=status, global_step=0, total_num_steps=0, reason=reason))
+        code = int(ExitCode.STOPPED)
+        reporter.status(
+            TrainingStatusData(status=status, global_step=0, total_num_steps=0, reason=reason, exit_code=code)
+        )
         return ExitCode.STOPPED
     except UserError as error:
-        return _fail(reporter, error)
+        return fail(error)
     except MemoryError as error:
-        return _fail(reporter, _out_of_memory(reporter, error))
+        return fail(_out_of_memory(reporter, error))
     except Exception as error:  # noqa: BLE001 - the edge: a bug becomes an event, with its traceback
         if type(error).__name__ == "OutOfMemoryError":
-            return _fail(reporter, _out_of_memory(reporter, error))
+            return fail(_out_of_memory(reporter, error))
         if _is_disk_full(error):
-            return _fail(reporter, _disk_full(error))
-        return _bug(reporter, error)
+            return fail(_disk_full(error))
+        return fail(_bug(error), traceback="".join(traceback.format_exception(error)))
 
 
-def _fail(reporter: Reporter, error: UserError) -> ExitCode:
-    print(f"{error.code}: {error.message}\n{error.hint}", file=sys.stderr, flush=True)
-    _end(reporter, error)
+def _fail(job: JobDir, rank: int, reporter: Reporter, error: UserError, **data: str) -> ExitCode:
+    print(data.get("traceback") or f"{error.code}: {error.message}\n{error.hint}", file=sys.stderr, flush=True)
+    if error.code == "rank_lost":
+        error = _told_by_another(job) or error
+    elif rank:
+        told = RankError(
+            rank=rank, code=error.code, message=error.message, hint=error.hint, exit_code=int(error.exit_code)
+        )
+        job.write_rank_error(told)
+    _end(reporter, error, **data)
     return error.exit_code
 
 
-def _bug(reporter: Reporter, error: BaseException) -> ExitCode:
-    traceback.print_exception(error)
-    told = UserError(
-        "bug", f"{type(error).__name__}: {error}", hint="Please report it with its traceback.", exit_code=ExitCode.BUG
-    )
-    _end(reporter, told, traceback="".join(traceback.format_exception(error)))
-    return ExitCode.BUG
+def _told_by_another(job: JobDir) -> UserError | None:
+    """What a rank that is gone had to say."""
+    told = job.read_rank_error()
+    if told is None:
+        return None
+    message = f"Rank {told.rank}: {told.message}"
+    return UserError(told.code, message, hint=told.hint, exit_code=ExitCode(told.exit_code))
+
+
+def _bug(error: BaseException) -> UserError:
+    message = f"{type(error).__name__}: {error}"
+    return UserError("bug", message, hint="Please report it with its traceback.", exit_code=ExitCode.BUG)
 
 
 def _end(reporter: Reporter, error: UserError, **data: str) -> None:

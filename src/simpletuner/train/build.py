@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from simpletuner.train.heldout import HeldOut
 from simpletuner.train.hooks import Hooks
 from simpletuner.train.inputs import Inputs, Preparation
 from simpletuner.train.inspection import Inspection
+from simpletuner.train.lead import Between, Follower, Lead, Speaker
 from simpletuner.train.lock import begin_lock
 from simpletuner.train.loop import Run
 from simpletuner.train.memory import MemoryPlan
@@ -49,11 +50,13 @@ from simpletuner.train.model_card import ModelCard
 from simpletuner.train.optim import build_optimizers
 from simpletuner.train.preview import build_previews
 from simpletuner.train.publish import Publisher
+from simpletuner.train.ranks import ALONE, Ranks
 from simpletuner.train.references import Reference
 from simpletuner.train.rehearsal import plan_memory
+from simpletuner.train.replica import Replica
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import RequestReader
-from simpletuner.train.sentinel import Sentinel
+from simpletuner.train.sentinel import Sentinel, Used
 from simpletuner.train.state import TrainState, seed_generators
 from simpletuner.train.tracker import Trackers
 from simpletuner.train.trained import AdapterWeights, FullWeights, Trained, load_adapter_file, prepare_denoiser
@@ -62,14 +65,10 @@ from simpletuner.train.validation import Validation
 
 
 @dataclass(slots=True)
-class Built:
-    """A run that is ready to step, and what is needed at its end."""
+class Built(Replica):
+    """The first rank's, or that of the only one, and what is needed at its end."""
 
-    run: Run
     inspection: Inspection
-    loader: Loader
-    make_loader: Callable[[], Loader]
-    """A new one, from the state's position on."""
     metrics: Metrics
     trackers: Trackers
     memory: MemoryPlan
@@ -87,6 +86,18 @@ class Built:
 
 def build_run(job: JobDir, reporter: Reporter, requests: RequestReader) -> Built:
     """Fills the caches and puts the run together, up to its first step. Raises UserError and Ended."""
+    return _prepare(job, reporter, requests, ALONE).build()
+
+
+def build_rank(
+    job: JobDir, reporter: Reporter, requests: RequestReader, ranks: Ranks
+) -> Built | tuple[Replica, Follower]:
+    """The same for one rank of several. All but the first have a muted `reporter`."""
+    builder = _prepare(job, reporter, requests, ranks)
+    return builder.build() if ranks.is_main else builder.build_follower()
+
+
+def _prepare(job: JobDir, reporter: Reporter, requests: RequestReader, ranks: Ranks) -> _Builder:
     spec = job.read_spec()
     values = job.read_config()["config"]
     family_spec = load_spec(values["model_family"])
@@ -98,16 +109,16 @@ def build_run(job: JobDir, reporter: Reporter, requests: RequestReader) -> Built
     seed_generators(config.run.seed)
     make_output_dir(Path(spec.output_dir))
     family = build_family(config, family_spec)
-    prompts = plan_prompts(config.validation)
-    texts = [prompt.text for prompt in prompts] + [config.validation.validation_negative_prompt]
-    preparation = Preparation(config, family, reporter, requests, device)
+    texts: list[str] = []
+    if ranks.is_main:
+        texts = [prompt.text for prompt in plan_prompts(config.validation)]
+        texts.append(config.validation.validation_negative_prompt)
+    preparation = Preparation(config, family, reporter, requests, device, ranks)
     manifests = preparation.discover(job.artifacts)
     memory = plan_memory(config, family_spec, manifests, device)
     reporter.predicted_bytes = memory.predicted_bytes()
     inputs = preparation.encode(manifests, texts, memory)
-    built = _Builder(config, family, inputs, job, reporter, requests, device, memory).build()
-    begin_lock(job, config, inputs, device, resumed=built.resumed_from is not None)
-    return built
+    return _Builder(config, family, inputs, job, reporter, requests, device, memory, ranks)
 
 
 class _Builder:
@@ -123,8 +134,10 @@ class _Builder:
         requests: RequestReader,
         device: torch.device,
         memory: MemoryPlan,
+        ranks: Ranks,
     ) -> None:
         self._config = config
+        self._ranks = ranks
         self._spec = job.read_spec()
         self._job = job
         self._memory = memory
@@ -136,52 +149,75 @@ class _Builder:
         self._device = device
         self._seed = config.run.seed or 0
         self._accumulation = config.run.gradient_accumulation_steps
+        self._plan = inputs.plan(self._seed)
+        self._total = total_steps(config, self._plan)
 
     def build(self) -> Built:
         started_at = time.monotonic()
-        config, reporter = self._config, self._reporter
-        plan = self._inputs.plan(self._seed)
-        total = total_steps(config, plan)
-        facts = run_facts(config, self._inputs.fingerprint(), self._spec.job_id)
-        point = find_resume_point(
-            config.checkpoint.resume_from_checkpoint,
-            self._output_dir,
-            reporter,
-            own_job=self._spec.job_id if self._spec.continues else None,
-        )
-        if point is not None and not check_resume(point, facts, config, reporter):
-            point.state.position = plan.position_after(point.state.samples // plan.group_size)
+        config, reporter, ranks = self._config, self._reporter, self._ranks
+        point = ranks.share(self._find_point())
         remove_temporary(self._output_dir)
-        with reporter.stage("init_load_base_model", "Loading the model"):
-            denoiser = self._family.load_denoiser().to(self._device)
+        denoiser = self._load()
         with reporter.stage("init_prepare_models", "Preparing the model"):
             trained = self._prepare(denoiser)
-            update = self._build_update(denoiser, total)
+            ema = config.precision.ema_decay if config.precision.use_ema else None
+            update = self._build_update(denoiser, ema)
             file = self._output_dir / "training_metrics.jsonl"
             keep_metrics_until(file, point.state.step if point else 0)
             trackers = Trackers(config.publishing, self._output_dir, config.without_secrets(), reporter)
             state = point.state if point else TrainState()
             self._sentinel = Sentinel(
-                state.quarantine, reporter, lambda name: self._job.artifacts / f"ledger-{name}.jsonl",
+                state.quarantine, reporter, lambda name: self._job.artifacts / f"ledger-{name}.jsonl", self._timesteps,
                 action=config.checkpoint.nonfinite_action, adapter=trained.adapter_name,
             )  # fmt: skip
-            metrics = Metrics(reporter.emit, file, total, self._device, self._sentinel.see, trackers.log)
-            saver = CheckpointSaver(self._output_dir, config.checkpoint.checkpoints_total_limit, facts, reporter, point)
-            inspection = self._build_inspection(trained, update, saver, metrics, total)
+            metrics = Metrics(reporter.emit, file, self._total, self._device, self._sentinel.see, trackers.log)
+            saver = CheckpointSaver(
+                self._output_dir, config.checkpoint.checkpoints_total_limit, self._facts(), reporter, point
+            )
+            inspection = self._build_inspection(trained, update, saver, metrics)
         if config.validation.disable_benchmark:
             reporter.skip_stage("benchmark_base_model", "Drawing the base model")
         else:
             inspection.benchmark(config.model.pretrained_model_name_or_path)
         self._resume(point, trained, update)
         reporter.notify("memory_plan", str(self._memory), **self._memory.as_facts())
-        make_loader = partial(self._make_loader, plan, state)
-        loader = make_loader()
-        run = self._build_run(denoiser, update, state, metrics, inspection, loader)
-        final_epoch = plan.position_after(total * self._accumulation).epoch
+        speaker = Speaker(metrics, self._requests, state, inspection.due, ranks)
+        replica = self._replica(denoiser, trained, update, state, speaker, inspection)
+        final_epoch = self._plan.position_after(self._total * self._accumulation).epoch
+        begin_lock(self._job, config, self._inputs, self._device, resumed=point is not None)
         return Built(
-            run, inspection, loader, make_loader, metrics, trackers, self._memory, point.folder.name if point else None,
-            final_epoch, started_at,
+            replica.run, trained, replica.loader, replica.make_loader, replica.resume,
+            inspection, metrics, trackers, self._memory, point.folder.name if point else None, final_epoch, started_at,
         )  # fmt: skip
+
+    def build_follower(self) -> tuple[Replica, Follower]:
+        """It keeps no moving average: rank 0 has it, and nobody else looks at it."""
+        point = self._ranks.share(None)
+        denoiser = self._load()
+        trained = self._prepare(denoiser)
+        update = self._build_update(denoiser, None)
+        state = point.state if point else TrainState()
+        self._resume(point, trained, update)
+        follower = Follower(state, Due.from_config(self._config, self._total), self._ranks)
+        return self._replica(denoiser, trained, update, state, follower, follower), follower
+
+    def _find_point(self) -> ResumePoint | None:
+        point = find_resume_point(
+            self._config.checkpoint.resume_from_checkpoint,
+            self._output_dir,
+            self._reporter,
+            own_job=self._spec.job_id if self._spec.continues else None,
+        )
+        if point is not None and not check_resume(point, self._facts(), self._config, self._reporter):
+            point.state.position = self._plan.position_after(point.state.samples // self._plan.group_size)
+        return point
+
+    def _facts(self) -> dict[str, Any]:
+        return run_facts(self._config, self._inputs.fingerprint(), self._spec.job_id, self._ranks.count)
+
+    def _load(self) -> nn.Module:
+        with self._reporter.stage("init_load_base_model", "Loading the model"):
+            return self._family.load_denoiser().to(self._device)
 
     def _prepare(self, denoiser: nn.Module) -> Trained:
         """Choose what is trained."""
@@ -197,13 +233,13 @@ class _Builder:
         self._reporter.notify("adapter_attached", f"{trained.adapter_name}.", **adapter.facts())
         return trained
 
-    def _build_update(self, denoiser: nn.Module, total: int) -> Update:
+    def _build_update(self, denoiser: nn.Module, ema_decay: float | None) -> Update:
         config = self._config
         buffers = build_buffers(denoiser)
-        ema = Ema(buffers, config.precision.ema_decay) if config.precision.use_ema else None
+        ema = None if ema_decay is None else Ema(buffers, ema_decay)
         optimizers = build_optimizers(config.optimizer.optimizer, buffers, self._seed)
         keeps = config.model.model_type == "lora"
-        return Update(buffers, optimizers, config.optimizer, total, ema, keeps_weights=keeps)
+        return Update(buffers, optimizers, config.optimizer, self._total, ema, keeps_weights=keeps)
 
     def _objective(self) -> Objective:
         spec = self._family.spec
@@ -216,12 +252,12 @@ class _Builder:
             self._family.scheduler_config(),
             self._config.loss,
             seed=self._seed,
-            samples_per_step=self._config.run.train_batch_size * self._accumulation,
+            samples_per_step=self._plan.group_size * self._accumulation,
             prediction_type=prediction,
         )
 
     def _build_inspection(
-        self, trained: Trained, update: Update, saver: CheckpointSaver, metrics: Metrics, total: int
+        self, trained: Trained, update: Update, saver: CheckpointSaver, metrics: Metrics
     ) -> Inspection:
         config = self._config
         hooks = Hooks(config, self._reporter, self._requests.asked_to_end)
@@ -247,9 +283,10 @@ class _Builder:
             metrics=metrics,
             sentinel=self._sentinel,
             reporter=self._reporter,
-            due=Due.from_config(config, total),
+            due=Due.from_config(config, self._total),
             output_dir=self._output_dir,
             device=self._device,
+            ranks=self._ranks,
             ema_mode=config.precision.ema_validation,
         )
 
@@ -284,33 +321,36 @@ class _Builder:
         if point is None:
             self._reporter.skip_stage("init_resume_checkpoint", "Resuming")
             # Again, so that training starts alike whatever had to be encoded or loaded before.
-            seed_generators(self._seed)
-            return
-        with self._reporter.stage("init_resume_checkpoint", "Resuming"):
-            load_checkpoint(point, trained, update, self._device)
+            seed_generators(self._seed + self._ranks.rank)
+        else:
+            with self._reporter.stage("init_resume_checkpoint", "Resuming"):
+                self._go_back(trained, update, point)
+        self._ranks.copy_from_main([buffer.weights for buffer in update.buffers])
 
-    def _make_loader(self, plan: EpochPlan, state: TrainState) -> Loader:
+    def _go_back(self, trained: Trained, update: Update, point: ResumePoint) -> None:
+        rank = self._ranks.rank
+        load_checkpoint(point, trained, update, self._device, rank=rank, seed=self._seed + rank)
+
+    def _make_loader(self, state: TrainState) -> Loader:
         data = self._config.data
         return Loader(
-            plan,
+            self._plan,
             self._inputs.reader(self._family, self._seed, pin_memory=self._device.type == "cuda"),
             position=state.position,
             accumulation=self._accumulation,
+            rank=self._ranks.rank,
+            world_size=self._ranks.count,
             prefetch=data.dataloader_prefetch_qlen if data.dataloader_prefetch else 0,
             without=state.quarantine.names,
         )
 
-    def _build_run(
-        self,
-        denoiser: nn.Module,
-        update: Update,
-        state: TrainState,
-        metrics: Metrics,
-        inspection: Inspection,
-        loader: Loader,
-    ) -> Run:
+    def _replica(
+        self, denoiser: nn.Module, trained: Trained, update: Update, state: TrainState, lead: Lead, between: Between
+    ) -> Replica:
         config = self._config
-        return Run(
+        make_loader = partial(self._make_loader, state)
+        loader = make_loader()
+        run = Run(
             batches=loader,
             family=self._family,
             denoiser=denoiser,
@@ -318,18 +358,23 @@ class _Builder:
             loss=Loss(config.loss),
             update=update,
             state=state,
-            metrics=metrics,
-            requests=self._requests,
-            due=inspection.due,
-            inspection=inspection,
+            lead=lead,
+            due=Due.from_config(config, self._total),
+            between=between,
+            ranks=self._ranks,
             accumulation=self._accumulation,
             autocast=autocast_dtype(config),
         )
+        return Replica(run, trained, loader, make_loader, partial(self._go_back, trained, update))
+
+    def _timesteps(self, used: Used, step: int) -> Tensor:
+        visits = list(zip(used.members.samples, used.members.visits, strict=True))
+        return self._objective().timesteps(used.shape, visits, step=step, first=used.first)
 
     def _probe(self, denoiser: nn.Module) -> Tensor:
         """One forward pass on the first batch of the plan, with fixed noise."""
         reader = self._inputs.reader(self._family, self._seed, pin_memory=False)
-        group = next(iter(self._inputs.plan(self._seed).walk()))
+        group = next(self._plan.walk())
         batch = reader.read(group, group.entries[:1]).to(self._device)
         noise = torch.randn(batch.latents_BCHW.shape, generator=torch.Generator().manual_seed(0)).to(self._device)
         t_B = torch.full((1,), 500, device=self._device)

@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from simpletuner import __version__
 from simpletuner.checkpoints import (
@@ -32,13 +33,16 @@ from simpletuner.config.train_config import TrainConfig
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.events import Checkpoint
 from simpletuner.train.report import Reporter
-from simpletuner.train.state import TrainState, restore_rng, rng_tensors
+from simpletuner.train.state import TrainState, restore_rng, seed_generators
 from simpletuner.train.stored import StoredTensors
 from simpletuner.train.trained import Trained
 from simpletuner.train.update import Update
 
 OPTIMIZER = "optimizer-rank0.safetensors"
-RNG = "rng-rank0.safetensors"
+"""Every rank has the same."""
+
+Generators = dict[str, Tensor]
+"""The state of one rank's, by name."""
 
 
 class CheckpointSaver:
@@ -61,12 +65,13 @@ class CheckpointSaver:
         trained: Trained,
         update: Update,
         state: TrainState,
+        generators: Sequence[Generators],
         *,
         is_final: bool = False,
         request_ids: tuple[str, ...] = (),
         in_use: frozenset[str] = frozenset(),
     ) -> bool:
-        """Whether it is saved; checkpoints `in_use` are not removed for it.
+        """Whether it is saved; `generators` of each rank; checkpoints `in_use` are not removed for it.
 
         Raises UserError `disk_full` (73) when the disk was full the last time too.
         """
@@ -74,7 +79,7 @@ class CheckpointSaver:
         try:
             with self._reporter.stage("checkpoint_save", "Saving a checkpoint"):
                 self._check_space()
-                folder = self._write(trained, update, state)
+                folder = self._write(trained, update, state, generators)
         except (OSError, SafetensorError) as error:
             self._reporter.fail_stages("checkpoint_save")
             self._on_failure(state, error)
@@ -96,12 +101,15 @@ class CheckpointSaver:
         prune_checkpoints(self._output_dir, self._limit, keep=in_use | {folder.name})
         return True
 
-    def _write(self, trained: Trained, update: Update, state: TrainState) -> CheckpointFolder:
+    def _write(
+        self, trained: Trained, update: Update, state: TrainState, generators: Sequence[Generators]
+    ) -> CheckpointFolder:
         folder = temporary_folder(self._output_dir, state.step)
         try:
             trained.save(folder, update)
             save_file(update.state_tensors(), folder / OPTIMIZER)
-            save_file(rng_tensors(), folder / RNG)
+            for rank, tensors in enumerate(generators):
+                save_file(tensors, folder / _rng_file(rank))
             record = {**state.as_dict(), **self._facts, "layout": update.layout, "versions": versions()}
             (folder / STATE).write_text(json.dumps(record, indent=1))
             (folder / "README.md").write_text(_readme(state, self._facts))
@@ -190,8 +198,13 @@ def _listing(output_dir: Path) -> str:
     return f"Complete ones in {output_dir}: {', '.join(names) or 'none'}."
 
 
-def load_checkpoint(point: ResumePoint, trained: Trained, update: Update, device: torch.device) -> None:
-    """Weights, optimizer, moving average and generators. Raises UserError `resume_incompatible`."""
+def load_checkpoint(
+    point: ResumePoint, trained: Trained, update: Update, device: torch.device, *, rank: int, seed: int
+) -> None:
+    """Weights, optimizer, moving average and the generators of `rank`: seeded anew if it was not there before.
+
+    Raises UserError `resume_incompatible`.
+    """
     if point.record["layout"] != update.layout:
         raise UserError(
             "resume_incompatible",
@@ -201,10 +214,18 @@ def load_checkpoint(point: ResumePoint, trained: Trained, update: Update, device
         )
     trained.load(point.folder.path)
     update.load_state(StoredTensors(point.folder.path / OPTIMIZER, device))
-    restore_rng(load_file(point.folder.path / RNG))
+    generators = point.folder.path / _rng_file(rank)
+    if generators.exists():
+        restore_rng(load_file(generators))
+    else:
+        seed_generators(seed)
 
 
-def run_facts(config: TrainConfig, data_fingerprint: str, job_id: str) -> dict[str, Any]:
+def _rng_file(rank: int) -> str:
+    return f"rng-rank{rank}.safetensors"
+
+
+def run_facts(config: TrainConfig, data_fingerprint: str, job_id: str, num_processes: int) -> dict[str, Any]:
     """What a checkpoint says of its run, and what a resumed run is compared with."""
     base = config.precision.base_model_precision
     return {
@@ -218,7 +239,7 @@ def run_facts(config: TrainConfig, data_fingerprint: str, job_id: str) -> dict[s
         "batch_layout": {
             "train_batch_size": config.run.train_batch_size,
             "gradient_accumulation_steps": config.run.gradient_accumulation_steps,
-            "num_processes": 1,
+            "num_processes": num_processes,
         },
         "seed": config.run.seed,
         "data": data_fingerprint,

@@ -21,10 +21,11 @@ from simpletuner.data.manifest import Manifest, discover
 from simpletuner.data.masks import MaskEncoder
 from simpletuner.data.pairs import pair_all, targets_of
 from simpletuner.data.plan import START, Entry, EpochPlan, Group
-from simpletuner.data.prepare import MASK, LatentEncoder, Prepared, encode_latents, encode_texts
+from simpletuner.data.prepare import MASK, LatentEncoder, Prepared, check_dropped, encode_latents, encode_texts
 from simpletuner.errors import Level
 from simpletuner.families.base import Family
 from simpletuner.train.memory import MemoryPlan
+from simpletuner.train.ranks import ALONE, Ranks
 from simpletuner.train.references import Reference, prompt_reference, sample_references
 from simpletuner.train.report import Reporter, StageReport
 from simpletuner.train.requests import RequestReader
@@ -59,6 +60,7 @@ class Inputs:
     library: list[Reference]
     """Pictures of the prompts that bring their own, in the order of prompts."""
     config: TrainConfig
+    ranks: Ranks
 
     def plan(self, seed: int) -> EpochPlan:
         """Of the datasets that are trained on."""
@@ -67,6 +69,7 @@ class Inputs:
             [self.manifests[name].planned_set() for name in names],
             seed=seed,
             batch_size=self.config.run.train_batch_size,
+            world_size=self.ranks.count,
             uniform=self.config.data.data_backend_sampling == "uniform",
         )
 
@@ -128,28 +131,43 @@ class Preparation:
     """Runs the stages before the denoiser is loaded, in the order of the contract."""
 
     def __init__(
-        self, config: TrainConfig, family: Family, reporter: Reporter, requests: RequestReader, device: torch.device
+        self,
+        config: TrainConfig,
+        family: Family,
+        reporter: Reporter,
+        requests: RequestReader,
+        device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._config = config
+        self._ranks = ranks
         self._family = family
         self._reporter = reporter
         self._requests = requests
         self._device = device
 
     def encode(self, manifests: dict[str, Manifest], prompts: Iterable[str], memory: MemoryPlan) -> Inputs:
-        """Fill the caches. Raises UserError (65) for broken pictures, (71) for no room, Ended when asked to end."""
+        """Fill the caches; the ranks share what is to be encoded, and rank 0 draws, so `prompts` are its own.
+
+        Raises UserError (65) for broken pictures, (71) for no room, Ended when asked to end.
+        """
         self._memory = memory
         text_store = CacheStore(Path(self._config.text_embeds.cache_dir))
         text, embeddings = self._encode_texts(manifests, text_store, list(dict.fromkeys(prompts)))
         latents = self._encode_latents(manifests)
         found = {name: source.manifest for name, source in latents.items()}
-        return Inputs(found, latents, text, embeddings, self._encode_library(), self._config)
+        library = self._encode_library() if self._ranks.is_main else []
+        return Inputs(found, latents, text, embeddings, library, self._config, self._ranks)
 
     def _pictures(self) -> list[PictureDataset]:
         return [*self._config.image_datasets, *self._config.eval_datasets, *self._config.conditioning_datasets]
 
     def discover(self, ledgers: Path) -> dict[str, Manifest]:
         """Of the image and eval datasets, by id. Raises UserError (65) for defects, Ended when asked to end."""
+        with self._ranks.main_first():
+            return self._discover(ledgers)
+
+    def _discover(self, ledgers: Path) -> dict[str, Manifest]:
         found: list[Manifest] = []
         data = self._config.data
         with self._reporter.stage("init_data_backend", "Looking through the datasets") as stage:
@@ -160,7 +178,7 @@ class Preparation:
                 found.append(discover(entry, alignment=data.aspect_bucket_alignment, cache_dir=scans))
                 stage.advance(number + 1, len(entries))
             found = pair_all(found)
-            for manifest in found:
+            for manifest in found if self._ranks.is_main else []:
                 write_ledger(manifest, ledgers / f"ledger-{manifest.dataset.id}.jsonl")
                 self._report_dataset(manifest)
             for problem in check_defects(targets_of(found), ignore_missing_files=data.ignore_missing_files):
@@ -189,7 +207,10 @@ class Preparation:
                 watch=StageWatch(stage, self._requests),
                 batch_size=entry.text_encoder_batch_size,
                 write_batch_size=entry.write_batch_size,
+                rank=self._ranks.rank,
+                world_size=self._ranks.count,
             )
+            prepared = prepared.merged(self._ranks.gather(prepared))
         self._report(entry.id, "captions", prepared)
         with self._reporter.stage("validation_prompt_encoding", "Encoding validation prompts") as stage:
             embeddings: dict[str, dict[str, Tensor]] = {}
@@ -219,7 +240,11 @@ class Preparation:
                         chosen,
                         watch=StageWatch(stage, self._requests),
                         write_batch_size=self._config.data.write_batch_size,
+                        rank=self._ranks.rank,
+                        world_size=self._ranks.count,
                     )
+                    prepared = prepared.merged(self._ranks.gather(prepared))
+                    check_dropped(part, prepared.dropped)
                     self._report(part.dataset.id, _PLURALS.get(part.kind, part.kind), prepared)
                     fingerprints.append(chosen.fingerprint)
                     dropped |= prepared.dropped

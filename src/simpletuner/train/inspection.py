@@ -19,10 +19,11 @@ from simpletuner.train.heldout import HeldOut
 from simpletuner.train.hooks import AFTER_CHECKPOINT, Hooks
 from simpletuner.train.metrics import Metrics
 from simpletuner.train.publish import Publisher
+from simpletuner.train.ranks import Ranks
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import Requests
 from simpletuner.train.sentinel import Sentinel
-from simpletuner.train.state import TrainState
+from simpletuner.train.state import TrainState, rng_tensors
 from simpletuner.train.trained import Trained
 from simpletuner.train.update import Update
 from simpletuner.train.validation import Drawing, EmaMode, Validation, Weights, hash_weights, weights_to_draw
@@ -48,6 +49,7 @@ class Inspection:
     due: Due
     output_dir: Path
     device: torch.device
+    ranks: Ranks
     ema_mode: EmaMode = "comparison"
     _draw: Draw | None = field(default=None, init=False)
     _measured: tuple[int, float] | None = field(default=None, init=False)
@@ -63,6 +65,7 @@ class Inspection:
         Every checkpoint has a held-out loss, so that the best of them is known; only a stop does not wait for one.
         """
         self.metrics.drain()
+        generators = self.ranks.gather(rng_tensors())
         if not self.disk.find_room(state.step, self.saver.latest):
             return
         if requests.end is None:
@@ -75,6 +78,7 @@ class Inspection:
             self.trained,
             self.update,
             state,
+            generators,
             is_final=self.due.end(state),
             request_ids=requests.checkpoint,
             in_use=self.hooks.checkpoints_in_use() | self.publisher.checkpoints_in_use(),
@@ -93,7 +97,8 @@ class Inspection:
         if self.due.gives_up(state):
             message = f"No lower held-out loss for {state.best.stale} evaluations: the run ends at step {state.step}."
             self.reporter.notify("early_stop", message, hint="checkpoint-best holds the best weights that were saved.")
-            if self.saver.latest is None or self.saver.latest.name != f"checkpoint-{state.step}":
+            is_saved = self.saver.latest is not None and self.saver.latest.name == f"checkpoint-{state.step}"
+            if not self.ranks.share(is_saved):
                 self.checkpoint(state, Requests())
 
     def validate(self, state: TrainState, requests: Requests) -> None:

@@ -15,9 +15,9 @@ from simpletuner.diffusion.loss import Loss
 from simpletuner.diffusion.objective import Objective
 from simpletuner.families.base import Family
 from simpletuner.train.due import Due
-from simpletuner.train.inspection import Inspection
-from simpletuner.train.metrics import Metrics, StepFacts
-from simpletuner.train.requests import RequestReader
+from simpletuner.train.lead import Between, Lead
+from simpletuner.train.metrics import StepFacts
+from simpletuner.train.ranks import Ranks
 from simpletuner.train.sentinel import Used
 from simpletuner.train.state import TrainState
 from simpletuner.train.update import Update
@@ -36,10 +36,10 @@ class Run:
     loss: Loss
     update: Update
     state: TrainState
-    metrics: Metrics
-    requests: RequestReader
+    lead: Lead
     due: Due
-    inspection: Inspection
+    between: Between
+    ranks: Ranks
     accumulation: int
     autocast: torch.dtype | None
 
@@ -47,9 +47,10 @@ class Run:
 def train(run: Run) -> Outcome:
     """Until the last step, or until asked to end. Each step: every micro-step of the accumulation, then one update.
 
-    Raises RollBack, and UserError `diverged` or `dead_run` (72).
+    Gradients are of the mean over all samples of a step, those of all ranks. Raises RollBack, and UserError `diverged`
+    or `dead_run` (72), `rank_lost` (69).
     """
-    state, device = run.state, next(run.denoiser.parameters()).device
+    state, ranks, device = run.state, run.ranks, next(run.denoiser.parameters()).device
     total_loss = torch.zeros((), device=device)
     used: list[Used] = []
     count, waited_s = 0, 0.0
@@ -57,30 +58,34 @@ def train(run: Run) -> Outcome:
         asked_at = time.perf_counter()
         batch = next(run.batches).to(device)
         waited_s += time.perf_counter() - asked_at
+        size = len(batch.samples)
         visits = list(zip(batch.samples, batch.visits, strict=True))
-        drawn = run.objective.draw(batch.latents_BCHW, visits, step=state.step, first=count)
+        drawn = run.objective.draw(batch.latents_BCHW, visits, step=state.step, first=count + ranks.rank * size)
         noised = drawn.to(device)
         with torch.autocast(device.type, run.autocast, enabled=run.autocast is not None):
             predicted = run.family.predict(run.denoiser, noised.latents_BCHW, noised.t_B, batch)
-        loss = run.loss(predicted, noised, batch.mask_BHW) / run.accumulation
+        loss = run.loss(predicted, noised, batch.mask_BHW) / (run.accumulation * ranks.count)
         loss.backward()
         total_loss += loss.detach()
-        used.append(Used(batch.samples, batch.captions, drawn.t_B))
-        count += len(batch.samples)
+        used.append(Used(batch.members, batch.latents_BCHW.shape, count))
+        count += size * ranks.count
         if not batch.is_last_micro:
             continue
+        ranks.add_up([*run.update.gradients, total_loss])
         rate = run.update.rate(state.step)
         norm = run.update.apply(state.step)
         state.advance(batch.next_position, count)
         facts = StepFacts(state.step, batch.position.epoch, rate, count, waited_s, tuple(used))
-        run.metrics.record(facts, total_loss, norm)
+        requests = run.lead.hear(facts, total_loss, norm)
         total_loss.zero_()
         used, count, waited_s = [], 0, 0.0
-        requests = run.requests.read(run.metrics.drain)
-        if run.due.checkpoint(state, requests):
-            run.inspection.checkpoint(state, requests)
-        if run.due.validation(state, requests):
-            run.inspection.validate(state, requests)
+        is_to_save, is_to_look = run.due.checkpoint(state, requests), run.due.validation(state, requests)
+        if is_to_save:
+            run.between.checkpoint(state, requests)
+        if is_to_look:
+            run.between.validate(state, requests)
+        if is_to_save or is_to_look:
+            state.best = ranks.share(state.best)
         if requests.end is not None:
             return requests.end
     return "completed"

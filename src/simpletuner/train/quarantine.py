@@ -23,6 +23,11 @@ class Quarantine:
             self.names.add(sample)
         return is_new
 
+    def take(self, strikes: dict[str, int]) -> None:
+        """Those of another rank, in place: loaders hold on to `names`."""
+        self.strikes = dict(strikes)
+        self.names.update(sample for sample, count in strikes.items() if count >= STRIKES)
+
     @classmethod
     def of(cls, strikes: dict[str, int]) -> Quarantine:
         return cls(dict(strikes), {sample for sample, count in strikes.items() if count >= STRIKES})

@@ -40,7 +40,8 @@ class Follower(Protocol):
 class Reporter:
     """Writes events of one job; `artifacts` is the folder that images are put into."""
 
-    def __init__(self, journal: Journal, artifacts: Path) -> None:
+    def __init__(self, journal: Journal | None, artifacts: Path) -> None:
+        """Without a journal nothing is told: a rank that another one speaks for."""
         self._journal = journal
         self._artifacts = artifacts
         self._open_stages: list[StageReport] = []
@@ -53,7 +54,8 @@ class Reporter:
     def emit(self, event: Event) -> None:
         if event.progress is not None:
             self.step, self.total_steps = event.progress.current, event.progress.total
-        self._journal.append(event)
+        if self._journal is not None:
+            self._journal.append(event)
 
     @property
     def open_stage(self) -> str | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Literal
 
+from simpletuner.errors import ExitCode, UserError
 from simpletuner.job import CommandName, CommandReader, JobDir
 
 EndMode = Literal["stop", "cancel", "yield"]
@@ -32,10 +33,15 @@ class Ended(Exception):
 
 
 class RequestReader:
-    """Cancel wins over stop, stop over yield, in whichever order they come; SIGTERM and SIGINT mean stop."""
+    """Cancel wins over stop, stop over yield, in whichever order they come; SIGTERM and SIGINT mean stop.
 
-    def __init__(self, job: JobDir) -> None:
+    To one of several ranks a signal comes from torchrun, and means that another rank is gone.
+    """
+
+    def __init__(self, job: JobDir, *, is_alone: bool = True) -> None:
         self._commands = CommandReader(job)
+        self._is_alone = is_alone
+        self._is_rank_lost = False
         self._end: EndMode | None = None
         self._validate: list[str] = []
         self._checkpoint: list[str] = []
@@ -63,10 +69,15 @@ class RequestReader:
         return self._end
 
     def raise_if_ended(self) -> None:
-        """Between items of preparation: stop and cancel act, the other requests wait for the loop. Raises Ended."""
+        """Between items of preparation: stop and cancel act, the other requests wait for the loop.
+
+        Raises Ended, or UserError `rank_lost` (69).
+        """
         self._collect()
         if self._end is not None:
             raise Ended(self._end)
+        if self._is_rank_lost:
+            raise rank_lost("it ended before the first step")
 
     def _collect(self) -> None:
         for command in self._commands.read():
@@ -83,4 +94,16 @@ class RequestReader:
             self._end = mode
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        self._raise_end("stop")
+        if self._is_alone:
+            self._raise_end("stop")
+        else:
+            self._is_rank_lost = True
+
+
+def rank_lost(reason: str) -> UserError:
+    return UserError(
+        "rank_lost",
+        f"Another process of this run is gone: {reason}.",
+        hint="The log may tell what ended it. The run can go on from its last checkpoint.",
+        exit_code=ExitCode.OUTSIDE,
+    )

@@ -9,14 +9,12 @@ from pathlib import Path
 from simpletuner.errors import ExitCode
 from simpletuner.events import Event, EventType, Severity, SummaryData, TrainingStatusData
 from simpletuner.job import JobDir
-from simpletuner.train.build import Built, build_run
-from simpletuner.train.checkpoint import (
-    load_checkpoint,
-    read_point,
-)
+from simpletuner.train.build import Built, build_rank
 from simpletuner.train.lock import complete_lock
 from simpletuner.train.loop import Outcome, Run, train
 from simpletuner.train.metrics import peak_memory_bytes
+from simpletuner.train.ranks import join_ranks
+from simpletuner.train.replica import follow
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import RequestReader
 from simpletuner.train.sentinel import RollBack
@@ -30,9 +28,19 @@ def execute(
 
     `prepare` changes the run before its first step.
     """
-    built = build_run(job, reporter, requests)
+    ranks = join_ranks(job.read_spec().num_processes)
+    built = build_rank(job, reporter, requests, ranks)
+    replica = built if isinstance(built, Built) else built[0]
     if prepare is not None:
-        prepare(built.run)
+        prepare(replica.run)
+    if isinstance(built, Built):
+        return _see_through(built, reporter, job)
+    follow(*built)
+    replica.close()
+    return ExitCode.DONE
+
+
+def _see_through(built: Built, reporter: Reporter, job: JobDir) -> ExitCode:
     try:
         outcome = _loop(built, reporter)
         complete_lock(Path(job.read_spec().output_dir))
@@ -69,18 +77,15 @@ def _loop(built: Built, reporter: Reporter) -> Outcome:
 
 def _roll_back(built: Built, reporter: Reporter) -> None:
     """Go on from the last checkpoint; where there is none from here, the update having been left out."""
-    run, inspection = built.run, built.inspection
-    if inspection.saver.latest is None:
+    latest = built.run.ranks.share(built.inspection.saver.latest)
+    if latest is None:
         reporter.warn("rollback_impossible", "There is no checkpoint to go back to yet: that update was left out.")
         return
-    point = read_point(inspection.saver.latest)
-    load_checkpoint(point, inspection.trained, run.update, inspection.device)
-    run.state.go_back_to(point.state)
-    built.metrics.rewind(run.state.step)
-    inspection.forget_losses()
-    built.loader.close()
-    built.loader = run.batches = built.make_loader()
-    reporter.notify("rolled_back", f"The run goes on from {point.folder.name}.", step=run.state.step)
+    built.go_back(latest)
+    step = built.run.state.step
+    built.metrics.rewind(step)
+    built.inspection.forget_losses()
+    reporter.notify("rolled_back", f"The run goes on from {latest.name}.", step=step)
 
 
 def _finish(built: Built, reporter: Reporter, job: JobDir) -> None:
@@ -111,7 +116,9 @@ def _say_end(built: Built, reporter: Reporter, outcome: Outcome) -> None:
     if outcome != "completed":
         with reporter.stage("training_abort", "Ending early"):
             pass
-    reporter.status(_status(built, names[outcome]), severity=severity)
+    code = ExitCode.DONE if outcome == "completed" else ExitCode.STOPPED
+    status = _status(built, names[outcome]).model_copy(update={"exit_code": int(code)})
+    reporter.status(status, severity=severity)
 
 
 def _status(built: Built, status: str) -> TrainingStatusData:

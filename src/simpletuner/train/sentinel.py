@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.data.ledger import mark_dropped
+from simpletuner.data.loader import Members
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.train.quarantine import STRIKES, Quarantine
 from simpletuner.train.report import Reporter
@@ -24,12 +25,13 @@ _ROLLBACKS = 3
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """One micro-batch of a step, as it has to be named if the step goes wrong."""
+    """One micro-batch of a step over all ranks, as it has to be named if the step goes wrong."""
 
-    samples: tuple[str, ...]
-    captions: tuple[str, ...]
-    t_B: Tensor
-    """On the host."""
+    members: Members
+    shape: torch.Size
+    """Of its latents on one rank."""
+    first: int
+    """Number of its first sample within the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +49,15 @@ class Judged:
 
     @property
     def samples(self) -> list[str]:
-        return [sample for micro in self.used for sample in micro.samples]
+        return [sample for micro in self.used for sample in micro.members.samples]
 
 
 class RollBack(Exception):
     """The run is to go on from its last checkpoint, without the samples of the step that went wrong."""
+
+
+Timesteps = Callable[[Used, int], Tensor]
+"""A micro-batch and its 0-based optimizer step → t of each of its samples."""
 
 
 class Sentinel:
@@ -60,6 +66,7 @@ class Sentinel:
         quarantine: Quarantine,
         reporter: Reporter,
         ledger: Callable[[str], Path],
+        timesteps: Timesteps,
         *,
         action: NonfiniteAction = "skip",
         adapter: str | None = None,
@@ -68,6 +75,7 @@ class Sentinel:
         self._quarantine = quarantine
         self._reporter = reporter
         self._ledger = ledger
+        self._timesteps = timesteps
         self._action = action
         self._adapter = adapter
         self._skipped: deque[bool] = deque(maxlen=100)
@@ -133,8 +141,8 @@ class Sentinel:
             f"Step {judged.step} was skipped: loss {judged.loss}, gradient norm {judged.norm}. Samples: {names}.",
             step=judged.step,
             samples=judged.samples,
-            captions=[caption for micro in judged.used for caption in micro.captions],
-            t=[round(t, 3) for t in torch.cat([micro.t_B.float() for micro in judged.used]).tolist()],
+            captions=[caption for micro in judged.used for caption in micro.members.captions],
+            t=[round(t, 3) for micro in judged.used for t in self._timesteps(micro, judged.step - 1).tolist()],
         )
 
     def _check_gradient(self, judged: Judged) -> None:

@@ -79,13 +79,18 @@ def rng_tensors() -> dict[str, Tensor]:
         "numpy_position": torch.tensor([numpy_state["state"]["pos"], numpy_state["has_gauss"]], dtype=torch.int64),
         "numpy_gauss": torch.tensor([numpy_state["gauss"]], dtype=torch.float64),
     }
-    for device in range(torch.cuda.device_count()):
-        tensors[f"cuda{device}"] = torch.cuda.get_rng_state(device)
+    if torch.cuda.is_available():
+        tensors[_cuda()] = torch.cuda.get_rng_state()
     return tensors
 
 
+def _cuda() -> str:
+    """Of this rank's own device: another one's would cost memory there."""
+    return f"cuda{torch.cuda.current_device()}"
+
+
 def restore_rng(tensors: dict[str, Tensor]) -> None:
-    """The reverse. CUDA devices that are not here are left out."""
+    """The reverse. A CUDA device that is not this process's is left out."""
     torch.set_rng_state(tensors["torch"])
     version, *words = tensors["python"].tolist()
     gauss = tensors["python_gauss"].item()
@@ -99,6 +104,5 @@ def restore_rng(tensors: dict[str, Tensor]) -> None:
             "gauss": tensors["numpy_gauss"].item(),
         }
     )
-    for device in range(torch.cuda.device_count()):
-        if f"cuda{device}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"cuda{device}"], device)
+    if torch.cuda.is_available() and _cuda() in tensors:
+        torch.cuda.set_rng_state(tensors[_cuda()])

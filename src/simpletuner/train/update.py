@@ -45,6 +45,10 @@ class Update:
         own = self.optimizers[0].own_rate
         return learning_rate(self._options, step, self._total) if own is None else own
 
+    @property
+    def gradients(self) -> list[Tensor]:
+        return [buffer.grads for buffer in self.buffers]
+
     def apply(self, step: int) -> Tensor:
         """Perform the 0-based optimizer step; returns the unclipped gradient norm, fp32 scalar on the device."""
         limit = self._options.max_grad_norm if self.optimizers[0].clips else 0.0
