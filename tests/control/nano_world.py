@@ -24,10 +24,10 @@ OPTIONS: dict[str, Any] = {
 TERMINAL = {"completed", "failed", "lost"}
 
 
-def start_server(workspace: Path) -> ServerProcess:
+def start_server(workspace: Path, devices: str = "auto") -> ServerProcess:
     pictures = workspace / "pictures"
     pictures.mkdir()
     generator = np.random.default_rng(0)
     for name in ("red", "green", "blue", "grey", "pink", "teal"):
         Image.fromarray(generator.integers(0, 255, (64, 64, 3), np.uint8)).save(pictures / f"{name}.png")
-    return ServerProcess(workspace, SIMPLETUNER_TRAINER="", OMP_NUM_THREADS="1")
+    return ServerProcess(workspace, SIMPLETUNER_TRAINER="", OMP_NUM_THREADS="1", SIMPLETUNER_DEVICES=devices)

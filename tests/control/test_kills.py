@@ -21,15 +21,17 @@ from nano_world import OPTIONS, TERMINAL, start_server
 
 from simpletuner.events import read_journal
 from simpletuner.jobs.equality import compare_runs
+from simpletuner.jobs.runner import launcher
 from simpletuner.jobs.scratch import Scratch
 
 SEED = 20
-VICTIMS = ["server"] * 26 + ["trainer"] * 2 + ["runner", "all"]
+VICTIMS = ["server"] * 25 + ["trainer", "runner", "all"] + ["rank"] * 2
+TWO_RANKS = OPTIONS | {"num_processes": 2, "train_batch_size": 1}
 
 
 @pytest.fixture
 def real(tmp_path: Path) -> Iterator[ServerProcess]:
-    running = start_server(tmp_path)
+    running = start_server(tmp_path, devices="cpu:2")
     yield running
     running.close()
 
@@ -57,21 +59,28 @@ class Killer:
         status = self.status() if self.job_id else "completed"
         if status in TERMINAL:
             self.folder += status == "completed"
-            self.job_id = self.server.start_job(output_dir=self.output, **OPTIONS)["job_id"]
+            self.job_id = self.server.start_job(output_dir=self.output, **TWO_RANKS)["job_id"]
             self.jobs.append(self.job_id)
             status = "starting"
         return status
 
     def kill(self, victim: str) -> None:
         self.go_on()
-        if victim != "server" and self.generator.random() < 0.75:
-            # Else wherever it is in its start.
+        if victim != "server" and (self.generator.random() < 0.75 or victim == "rank"):
+            # Else wherever it is in its start, where there are no ranks yet.
             self.server.wait_status(self.job_id, "running", *TERMINAL, within_s=60, every_s=0.1)
         time.sleep(self.generator.uniform(0, 0.3))
         processes = processes_of(self.server.folder(self.job_id))
         runners = [process for process in processes if "simpletuner.jobs.runner" in cmd(process)]
         trainers = [process for process in processes if process not in runners]
-        doomed = {"server": [], "runner": runners, "trainer": trainers, "all": runners + trainers}[victim]
+        ranks = [process for process in trainers if "torch.distributed.run" not in cmd(process)]
+        doomed = {
+            "server": [],
+            "runner": runners,
+            "trainer": trainers,
+            "rank": self.generator.sample(ranks, min(1, len(ranks))),
+            "all": runners + trainers,
+        }[victim]
         self.hits[f"{victim} while {self.status()}"] += 1
         if victim in ("server", "all"):
             os.kill(self.server.process.pid, signal.SIGKILL)
@@ -96,7 +105,7 @@ def start_apart(server: ServerProcess, job_id: str) -> subprocess.Popen[bytes]:
     job = server.folder(job_id)
     config, datasets = job.read_config()["config"], job.read_datasets()
     scratch = Scratch(server.workspace, config=config, datasets=datasets, workspace=str(server.workspace))
-    command = [sys.executable, "-m", "simpletuner.train", str(scratch.job("straight").root)]
+    command = [sys.executable, *launcher(2), "-m", "simpletuner.train", str(scratch.job("straight").root)]
     environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
     with (server.workspace / "straight.log").open("wb") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=server.workspace)
@@ -104,13 +113,10 @@ def start_apart(server: ServerProcess, job_id: str) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 def test_thirty_kills_change_nothing(real: ServerProcess) -> None:
-    """In a row, at seeded random moments: 26 of the server, 2 of the trainer, 1 of the runner, whose trainer dies with
-    it, 1 of all three at once. Each waits up to 0.3 s; three in four of those that end a trainer wait until it trains.
-    The killed job is started again with `latest`; a run that is finished is followed by another one. Two ranks are for
-    later: several devices per job are not built yet.
-
-    27 starts of a server and 7 of a trainer. Measured on two cores: 83 s when little else ran, 101 to 157 s beside
-    other work (load 4 to 7).
+    """In a row, at seeded random moments, of runs with two ranks: 25 of the server, 2 of one rank, 1 of the trainer and
+    all its processes, 1 of the runner, whose trainer dies with it, 1 of everything at once. Each waits up to 0.3 s;
+    three in four of those that end a trainer, and both of a rank, wait until it trains. The killed job is started again
+    with `latest`; a run that is finished is followed by another one. Measured on two cores: 112 s.
     """
     killer = Killer(real, SEED)
     killer.go_on()

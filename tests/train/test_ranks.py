@@ -6,12 +6,12 @@ import json
 import os
 import random
 import signal
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from rank_world import run_ranks
-from safetensors.torch import load_file
 from tiny_world import Hook, Ran, TinyWorld
 
 from simpletuner.errors import ExitCode
@@ -62,10 +62,10 @@ def test_a_killed_rank_is_no_difference(shared: TinyWorld, straight: Ran, case: 
     for _ in range(3):
         victim, micro = generator.randrange(2), generator.randrange(1, 9)
         options = LONG | {"output_dir": name, "resume_from_checkpoint": "latest"}
-        ran, codes = run_ranks(shared, shared.job(**options), lambda rank, pid: killed(micro, pid * (rank == victim)))
+        ran, codes = run_ranks(shared, shared.job(**options), partial(killed, victim, micro))
         assert codes[victim] in (-signal.SIGKILL, 0)
         if codes[victim] == 0:
-            break  # fewer micro-steps were left
+            break  # it had fewer micro-steps left
         assert codes[1 - victim] == ExitCode.OUTSIDE
         if victim == 1:
             last = ran.events[-1]
@@ -80,11 +80,11 @@ def test_a_killed_rank_is_no_difference(shared: TinyWorld, straight: Ran, case: 
         assert left.read_bytes() == right.read_bytes(), file
 
 
-def killed(micro: int, pid: int) -> Hook:
-    """Just before the backward pass of that micro-step; pid 0: never."""
+def killed(victim: int, micro: int, rank: int, pid: int) -> Hook:
+    """Just before the backward pass of that micro-step."""
 
     def kill(count: int, loss: torch.Tensor) -> torch.Tensor:
-        if pid and count == micro:
+        if rank == victim and count == micro:
             os.kill(pid, signal.SIGKILL)
         return loss
 

@@ -44,11 +44,14 @@ def trainer_command(spec: JobSpec, jobdir: Path, override: str | None) -> list[s
     """`override` is a script that stands in for the trainer, for tests of this protocol."""
     if override:
         return [sys.executable, override, str(jobdir)]
-    trainer = ["-m", TRAINER_MODULE, str(jobdir)]
-    if spec.num_processes > 1:
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(spec.num_processes)]
-        return [sys.executable, *launch, *trainer]
-    return [sys.executable, *trainer]
+    return [sys.executable, *launcher(spec.num_processes), "-m", TRAINER_MODULE, str(jobdir)]
+
+
+def launcher(num_processes: int) -> list[str]:
+    """Arguments of Python before those of a trainer."""
+    if num_processes == 1:
+        return []
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
 
 
 @dataclass
@@ -61,15 +64,16 @@ class Verdict:
     exit_code: int | None = None
 
 
-TRAINER_DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads that spin while they wait make a step several times slower as soon as one core has other work."""
+def trainer_defaults(num_processes: int) -> dict[str, str]:
+    """Variables that the environment may override.
 
-
-def trainer_defaults(spec: JobSpec) -> dict[str, str]:
-    """Variables that the environment may override. Ranks share the cores."""
-    if spec.num_processes == 1:
-        return TRAINER_DEFAULTS
-    return TRAINER_DEFAULTS | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // spec.num_processes))}
+    Threads that spin while they wait make a step several times slower as soon as one core has other work.
+    """
+    found = {"OMP_WAIT_POLICY": "PASSIVE"}
+    if num_processes > 1:
+        # torchrun would give each rank one thread.
+        found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_processes))
+    return found
 
 
 class Run:
@@ -105,7 +109,7 @@ class Run:
         trainer = subprocess.Popen(
             command,
             cwd=self._spec.workspace,
-            env=trainer_defaults(self._spec) | os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=trainer_defaults(self._spec.num_processes) | os.environ | {"PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

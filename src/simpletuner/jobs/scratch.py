@@ -14,7 +14,7 @@ from typing import Any, Literal
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.job import JobDir, JobSpec
 from simpletuner.jobs.executor import PACKAGE_ROOT
-from simpletuner.jobs.runner import TRAINER_DEFAULTS, TRAINER_MODULE, read_verdict
+from simpletuner.jobs.runner import TRAINER_MODULE, launcher, read_verdict, trainer_defaults
 from simpletuner.process import die_with_parent
 
 QUIET: dict[str, Any] = {
@@ -46,6 +46,7 @@ class Scratch:
         self._config = config
         self._datasets = datasets
         self._workspace = workspace
+        self._num_processes: int = config.get("num_processes", 1)
         self._num_jobs = 0
 
     def overrides(self, output: str, **options: Any) -> dict[str, Any]:
@@ -67,6 +68,7 @@ class Scratch:
             workspace=self._workspace,
             config_dir=self._workspace,
             output_dir=overrides["output_dir"],
+            num_processes=self._num_processes,
         )
         root = self.folder / "jobs" / job_id
         return JobDir.create(root, spec, config=self._config | overrides, provenance={}, datasets=self._datasets)
@@ -74,14 +76,15 @@ class Scratch:
     def run(self, job: JobDir, cut: tuple[int, Literal["kill", "cancel"]] | None = None) -> None:
         """To its end, or just before the micro-step `cut`. Raises the UserError of a run that failed."""
         module = TRAINER_MODULE if cut is None else f"{TRAINER_MODULE}.cut"
-        words = [sys.executable, "-m", module, str(job.root), *map(str, cut or ())]
+        launch = launcher(self._num_processes)
+        words = [sys.executable, *launch, "-m", module, str(job.root), *map(str, cut or ())]
         paths = [str(PACKAGE_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         environment = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
         with job.log_path.open("ab") as log:
             trainer = subprocess.Popen(
                 words,
                 cwd=self._workspace,
-                env=TRAINER_DEFAULTS | os.environ | environment,
+                env=trainer_defaults(self._num_processes) | os.environ | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -94,14 +97,17 @@ class Scratch:
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(trainer.pid, signal.SIGKILL)
-        if code != _expected(cut):
+        if code != self._expected(cut):
             raise _failure(job, code)
 
-
-def _expected(cut: tuple[int, str] | None) -> int:
-    if cut is None:
-        return ExitCode.DONE
-    return -signal.SIGKILL if cut[1] == "kill" else ExitCode.STOPPED
+    def _expected(self, cut: tuple[int, str] | None) -> int:
+        """torchrun ends with 1 when a rank was killed, with 0 when it was asked to end."""
+        is_alone = self._num_processes == 1
+        if cut is None:
+            return ExitCode.DONE
+        if cut[1] == "kill":
+            return -signal.SIGKILL if is_alone else 1
+        return ExitCode.STOPPED if is_alone else ExitCode.DONE
 
 
 def _failure(job: JobDir, code: int) -> UserError:

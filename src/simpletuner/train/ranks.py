@@ -108,4 +108,4 @@ def _together() -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise rank_lost(str(error).splitlines()[0]) from error
+        raise rank_lost("it no longer answers") from error
