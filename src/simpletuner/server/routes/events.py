@@ -14,6 +14,7 @@ from simpletuner.errors import UserError
 from simpletuner.jobs.event_view import EventView, Images
 from simpletuner.server.core import Core, CoreDep
 from simpletuner.server.errors import error_responses
+from simpletuner.server.rights import needs
 from simpletuner.server.streams import check_room, serve_socket, sse_answer
 from simpletuner.store.event_filter import EventFilter
 
@@ -74,7 +75,12 @@ async def read_page(
     )
 
 
-@router.get("/training/events", operation_id="list_events", responses=error_responses("unknown_job"))
+@router.get(
+    "/training/events",
+    operation_id="list_events",
+    dependencies=[needs("job.view.*")],
+    responses=error_responses("unknown_job"),
+)
 async def list_events(
     core: CoreDep,
     since_index: Annotated[int, Query(ge=0, le=MOST_INDEX, description="First index, inclusive.")] = 0,
@@ -122,6 +128,7 @@ def _add_stream_routes() -> None:
         router.add_api_route(
             path,
             stream_events,
+            dependencies=[needs("job.view.*")],
             methods=["GET"],
             operation_id="stream_events" if number == 0 else None,
             include_in_schema=number == 0,
@@ -131,7 +138,7 @@ def _add_stream_routes() -> None:
                 **error_responses("unknown_job", "too_many_streams"),
             },
         )
-        router.add_api_websocket_route(path, socket_events)
+        router.add_api_websocket_route(path, socket_events, dependencies=[needs("job.view.*")])
 
 
 _add_stream_routes()

@@ -15,11 +15,14 @@ from simpletuner.events import EventType
 from simpletuner.job import JobStatus
 from simpletuner.jobs.event_view import Images, artifact_url, find_artifact, media_of
 from simpletuner.server import control
+from simpletuner.server.audit_trail import audits
 from simpletuner.server.config_view import JobConfig, show_config
 from simpletuner.server.control import ControlAnswer, RequestAnswer
 from simpletuner.server.core import Core, CoreDep
 from simpletuner.server.errors import error_responses
 from simpletuner.server.job_view import JobView, show_jobs
+from simpletuner.server.rate_limit import END
+from simpletuner.server.rights import limited, needs
 from simpletuner.server.routes.events import EventPage, read_page
 from simpletuner.store.event_filter import EventFilter
 from simpletuner.store.job_row import JobQuery
@@ -51,7 +54,7 @@ class Success(BaseModel):
     success: bool = True
 
 
-@router.get("", operation_id="list_jobs")
+@router.get("", operation_id="list_jobs", dependencies=[needs("job.view.*")])
 def list_jobs(
     core: CoreDep,
     response: Response,
@@ -78,18 +81,18 @@ def list_jobs(
     return JobList(jobs=show_jobs(core, page.jobs), total=page.total)
 
 
-@router.get("/{job_id}", operation_id="get_job", responses=UNKNOWN)
+@router.get("/{job_id}", operation_id="get_job", dependencies=[needs("job.view.*")], responses=UNKNOWN)
 def get_job(core: CoreDep, job_id: str) -> OneJob:
     return OneJob(job=show_jobs(core, [core.job(job_id)])[0])
 
 
-@router.get("/{job_id}/config", operation_id="get_job_config", responses=UNKNOWN)
+@router.get("/{job_id}/config", operation_id="get_job_config", dependencies=[needs("job.view.*")], responses=UNKNOWN)
 def get_job_config(core: CoreDep, job_id: str) -> JobConfig:
     """What was frozen at submit: every option resolved, and where each value came from."""
     return show_config(core, core.job(job_id))
 
 
-@router.get("/{job_id}/events", operation_id="list_job_events", responses=UNKNOWN)
+@router.get("/{job_id}/events", operation_id="list_job_events", dependencies=[needs("job.view.*")], responses=UNKNOWN)
 async def list_job_events(
     core: CoreDep,
     job_id: str,
@@ -103,7 +106,7 @@ async def list_job_events(
     return await read_page(core, wanted, since_index=since_index, limit=limit, wait_s=wait, images=images)
 
 
-@router.get("/{job_id}/artifacts", operation_id="list_artifacts", responses=UNKNOWN)
+@router.get("/{job_id}/artifacts", operation_id="list_artifacts", dependencies=[needs("job.view.*")], responses=UNKNOWN)
 def list_artifacts(core: CoreDep, job_id: str) -> list[Artifact]:
     """Of what the job's events refer to, the files that are still there."""
     core.job(job_id)
@@ -129,6 +132,7 @@ def list_artifacts(core: CoreDep, job_id: str) -> list[Artifact]:
 @router.get(
     "/{job_id}/artifacts/{artifact_id}",
     operation_id="get_artifact",
+    dependencies=[needs("job.view.*")],
     response_class=FileResponse,
     responses={200: {"content": {"application/octet-stream": {}}}, **error_responses("unknown_job", "not_found")},
 )
@@ -143,6 +147,7 @@ def get_artifact(core: CoreDep, job_id: str, artifact_id: str) -> FileResponse:
 @router.post(
     "/{job_id}/stop",
     operation_id="stop_job",
+    dependencies=[needs("job.cancel.*"), audits("job.stop"), limited(END)],
     status_code=202,
     responses=error_responses("unknown_job", "job_not_running"),
 )
@@ -150,7 +155,13 @@ def stop_job(core: CoreDep, job_id: str) -> ControlAnswer:
     return control.stop(core, job_id)
 
 
-@router.post("/{job_id}/cancel", operation_id="cancel_job", status_code=202, responses=UNKNOWN)
+@router.post(
+    "/{job_id}/cancel",
+    operation_id="cancel_job",
+    dependencies=[needs("job.cancel.*"), audits("job.cancel"), limited(END)],
+    status_code=202,
+    responses=UNKNOWN,
+)
 def cancel_job(core: CoreDep, job_id: str, response: Response) -> ControlAnswer:
     """200 when it had ended already."""
     answer, changed = control.cancel(core, job_id)
@@ -161,13 +172,25 @@ def cancel_job(core: CoreDep, job_id: str, response: Response) -> ControlAnswer:
 PAUSE_ERRORS = error_responses("unknown_job", "job_not_running")
 
 
-@router.post("/{job_id}/pause", operation_id="pause_job", status_code=202, responses=PAUSE_ERRORS)
+@router.post(
+    "/{job_id}/pause",
+    operation_id="pause_job",
+    dependencies=[needs("job.cancel.*"), audits("job.pause")],
+    status_code=202,
+    responses=PAUSE_ERRORS,
+)
 def pause_job(core: CoreDep, job_id: str) -> ControlAnswer:
     """Save after the current step, give the devices back, wait in the queue until resumed."""
     return control.pause(core, job_id)
 
 
-@router.post("/{job_id}/resume", operation_id="resume_job", status_code=202, responses=PAUSE_ERRORS)
+@router.post(
+    "/{job_id}/resume",
+    operation_id="resume_job",
+    dependencies=[needs("job.cancel.*"), audits("job.resume")],
+    status_code=202,
+    responses=PAUSE_ERRORS,
+)
 def resume_job(core: CoreDep, job_id: str) -> ControlAnswer:
     """Let a paused job go on from where it was."""
     return control.resume(core, job_id)
@@ -176,12 +199,22 @@ def resume_job(core: CoreDep, job_id: str) -> ControlAnswer:
 STEP_ERRORS = error_responses("no_active_job", "unknown_job", "job_not_stepping")
 
 
-@router.post("/{job_id}/validation", operation_id="validate_job", responses=STEP_ERRORS)
+@router.post(
+    "/{job_id}/validation",
+    operation_id="validate_job",
+    dependencies=[needs("job.cancel.*"), audits("job.validate")],
+    responses=STEP_ERRORS,
+)
 def validate_job(core: CoreDep, job_id: str) -> RequestAnswer:
     return control.request_step(core, job_id, "validate")
 
 
-@router.post("/{job_id}/checkpoint", operation_id="checkpoint_job", responses=STEP_ERRORS)
+@router.post(
+    "/{job_id}/checkpoint",
+    operation_id="checkpoint_job",
+    dependencies=[needs("job.cancel.*"), audits("job.checkpoint")],
+    responses=STEP_ERRORS,
+)
 def checkpoint_job(core: CoreDep, job_id: str) -> RequestAnswer:
     return control.request_step(core, job_id, "checkpoint")
 
@@ -189,6 +222,7 @@ def checkpoint_job(core: CoreDep, job_id: str) -> RequestAnswer:
 @router.delete(
     "/{job_id}",
     operation_id="delete_job",
+    dependencies=[needs("job.delete.*"), audits("job.delete")],
     responses=error_responses("path_outside_root", "unknown_job", "job_not_terminal"),
 )
 def delete_job(core: CoreDep, job_id: str, purge_output: bool = False) -> Success:

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from simpletuner.server.core import Core, CoreDep
 from simpletuner.server.errors import error_responses
+from simpletuner.server.rights import needs
 from simpletuner.server.streams import HEARTBEAT_S, SSE_HEADERS
 
 router = APIRouter(tags=["jobs", "training"])
@@ -29,7 +30,12 @@ class LogPage(BaseModel):
     eof: bool
 
 
-@router.get("/{job_id}/logs", operation_id="get_job_logs", responses=error_responses("unknown_job"))
+@router.get(
+    "/{job_id}/logs",
+    operation_id="get_job_logs",
+    dependencies=[needs("job.view.*")],
+    responses=error_responses("unknown_job"),
+)
 def get_job_logs(
     core: CoreDep,
     job_id: str,
@@ -59,6 +65,7 @@ def read_log(core: Core, job_id: str, offset: int | None, tail: int | None) -> L
 @router.get(
     "/{job_id}/logs/stream",
     operation_id="stream_job_logs",
+    dependencies=[needs("job.view.*")],
     response_class=StreamingResponse,
     responses={200: {"content": {"text/event-stream": {}}}, **error_responses("unknown_job")},
 )

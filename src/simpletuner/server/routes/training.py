@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from simpletuner.errors import Problem, UserError
 from simpletuner.server.asking import ask, known_options, typed_values
+from simpletuner.server.audit_trail import audits
 from simpletuner.server.config_view import mask, secret_names
 from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.errors import ErrorItem, error_responses, request_id_of
@@ -22,6 +23,8 @@ from simpletuner.server.negotiation import (
     wants_html_strictly,
 )
 from simpletuner.server.option_body import OptionBodyDep, option_body_schema
+from simpletuner.server.rate_limit import START
+from simpletuner.server.rights import limited, needs
 
 router = APIRouter(prefix="/api/training", tags=["training", "configurations"])
 
@@ -72,6 +75,7 @@ def show_problems(problems: list[Problem]) -> list[ErrorItem]:
 @router.post(
     "/validate",
     operation_id="validate_config",
+    dependencies=[needs("config.view")],
     response_model=ValidateAnswer,
     responses={200: {"content": {"text/html": {}}}, **error_responses("unknown_config", "unsupported_media_type")},
     openapi_extra=option_body_schema(EXAMPLE),
@@ -103,6 +107,7 @@ def validate_config(
 @router.post(
     "/start",
     operation_id="start_training",
+    dependencies=[needs("job.submit"), audits("job.start"), limited(START)],
     status_code=202,
     response_model=StartAnswer,
     responses=error_responses("unknown_config", "gpus_unavailable", "in_flight", "unsupported_media_type"),
@@ -165,6 +170,7 @@ def _start_response(answer: dict[str, Any], *, html: bool, replayed: bool) -> Re
 @router.post(
     "/config",
     operation_id="update_active_config",
+    dependencies=[needs("config.edit.*"), audits("config.edit")],
     responses=error_responses("no_active_environment", "unknown_config", "unsupported_media_type"),
     openapi_extra=option_body_schema({"--learning_rate": 0.0001}, required=True),
 )

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from simpletuner.errors import UserError
 from simpletuner.job import JobStatus
 from simpletuner.server import control
+from simpletuner.server.audit_trail import audits
 from simpletuner.server.checkpoint_view import CheckpointCheck, CheckpointView, check_checkpoint, show_checkpoints
 from simpletuner.server.config_view import show_config
 from simpletuner.server.control import ControlAnswer, RequestAnswer
@@ -20,6 +21,8 @@ from simpletuner.server.errors import error_responses
 from simpletuner.server.job_view import ProgressView, show_progress
 from simpletuner.server.negotiation import message_fragment, wants_html_strictly
 from simpletuner.server.option_body import JobIdDep, option_body_schema
+from simpletuner.server.rate_limit import END
+from simpletuner.server.rights import limited, needs
 from simpletuner.store.job_row import JobRow
 
 router = APIRouter(prefix="/api/training", tags=["training", "configurations"])
@@ -71,6 +74,7 @@ class CheckpointList(BaseModel):
 @router.post(
     "/stop",
     operation_id="stop_training",
+    dependencies=[needs("job.cancel.*"), audits("job.stop"), limited(END)],
     status_code=202,
     response_model=ControlAnswer,
     responses=error_responses("no_active_job", "unknown_job", "ambiguous_job", "job_not_running"),
@@ -84,6 +88,7 @@ def stop_training(core: CoreDep, request: Request, job_id: JobIdDep) -> Response
 @router.post(
     "/cancel",
     operation_id="cancel_training",
+    dependencies=[needs("job.cancel.*"), audits("job.cancel"), limited(END)],
     status_code=202,
     response_model=ControlAnswer,
     responses=ACTIVE_ERRORS,
@@ -102,19 +107,36 @@ def _negotiated(request: Request, answer: ControlAnswer, status: int) -> Respons
     return JSONResponse(answer.model_dump(), status)
 
 
-@router.post("/validation/run", operation_id="run_validation", responses=STEP_ERRORS, openapi_extra=JOB_BODY)
+@router.post(
+    "/validation/run",
+    operation_id="run_validation",
+    dependencies=[needs("job.cancel.*"), audits("job.validate")],
+    responses=STEP_ERRORS,
+    openapi_extra=JOB_BODY,
+)
 def run_validation(core: CoreDep, job_id: JobIdDep) -> RequestAnswer:
     """Validate after the next gradient sync; the completion event carries the `request_id`."""
     return control.request_step(core, job_id, "validate")
 
 
-@router.post("/checkpoint/run", operation_id="run_checkpoint", responses=STEP_ERRORS, openapi_extra=JOB_BODY)
+@router.post(
+    "/checkpoint/run",
+    operation_id="run_checkpoint",
+    dependencies=[needs("job.cancel.*"), audits("job.checkpoint")],
+    responses=STEP_ERRORS,
+    openapi_extra=JOB_BODY,
+)
 def run_checkpoint(core: CoreDep, job_id: JobIdDep) -> RequestAnswer:
     """Save a checkpoint after the next gradient sync."""
     return control.request_step(core, job_id, "checkpoint")
 
 
-@router.get("/status", operation_id="training_status", responses=error_responses("unknown_job"))
+@router.get(
+    "/status",
+    operation_id="training_status",
+    dependencies=[needs("job.view.*")],
+    responses=error_responses("unknown_job"),
+)
 def training_status(core: CoreDep, job_id: JobQuery = None) -> TrainingStatus:
     """Of the latest started active job, or of `job_id`. A pure read."""
     active = core.store.jobs.latest_active()
@@ -152,8 +174,12 @@ def _line(job: JobRow) -> JobLine:
 CHECKPOINT_ERRORS = error_responses("unknown_config", "unknown_job", "not_found")
 
 
-@router.get("/checkpoints", operation_id="get_checkpoints", responses=CHECKPOINT_ERRORS)
-@router.post("/checkpoints", operation_id="post_checkpoints", responses=CHECKPOINT_ERRORS)
+@router.get(
+    "/checkpoints", operation_id="get_checkpoints", dependencies=[needs("job.view.*")], responses=CHECKPOINT_ERRORS
+)
+@router.post(
+    "/checkpoints", operation_id="post_checkpoints", dependencies=[needs("job.view.*")], responses=CHECKPOINT_ERRORS
+)
 def get_checkpoints(
     core: CoreDep, job_id: JobQuery = None, environment: Annotated[str | None, Query(max_length=80)] = None
 ) -> CheckpointList:
@@ -163,7 +189,12 @@ def get_checkpoints(
     return CheckpointList(output_dir=str(output_dir), job_id=found_id, checkpoints=checkpoints, total=len(checkpoints))
 
 
-@router.get("/checkpoints/validate/{name}", operation_id="validate_checkpoint", responses=CHECKPOINT_ERRORS)
+@router.get(
+    "/checkpoints/validate/{name}",
+    operation_id="validate_checkpoint",
+    dependencies=[needs("job.view.*")],
+    responses=CHECKPOINT_ERRORS,
+)
 def validate_checkpoint(
     core: CoreDep,
     name: str,
