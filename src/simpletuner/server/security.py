@@ -93,8 +93,8 @@ async def _identify(
         return LOCAL if is_open else None
     keys, sessions = _keys(headers), session_tokens(headers)
     if keys or sessions:
-        read = accounts.identify_key if keys else accounts.identify_session
-        found = [await asyncio.to_thread(read, each) for each in keys or sessions]
+        found = [await asyncio.to_thread(accounts.identify_key, key) for key in keys]
+        found = found or [await asyncio.to_thread(accounts.identify_session, token) for token in sessions]
         if found[0] is None or None in found:
             hint = "It is unknown, has run out or was revoked: log in again, or take another key."
             raise UserError("invalid_credentials", "The credential of this request is not valid.", hint=hint)

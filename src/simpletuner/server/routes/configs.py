@@ -17,9 +17,11 @@ from simpletuner.errors import UserError
 from simpletuner.server.asking import ask, known_options, typed_values
 from simpletuner.server.audit_trail import audits
 from simpletuner.server.config_view import dashed, mask, secret_names, unmask
-from simpletuner.server.core import Core, CoreDep
+from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.environment_view import Findings, Meta, find_problems, show_environment
 from simpletuner.server.errors import error_responses
+from simpletuner.server.hooks import require_hooks
+from simpletuner.server.identity import Identity
 from simpletuner.server.option_body import OptionBody
 from simpletuner.server.plain_json import PlainObject
 from simpletuner.server.rights import needs
@@ -161,10 +163,10 @@ def get_config_schema() -> dict[str, Any]:
     status_code=201,
     responses=error_responses("already_exists"),
 )
-def create_config(core: CoreDep, body: NewConfig, response: Response) -> Edited:
+def create_config(core: CoreDep, identity: IdentityDep, body: NewConfig, response: Response) -> Edited:
     """A new environment with this configuration and nothing else."""
     name = core.environments.check_new_name(body.name or "")
-    config = checked(body.config)
+    config = checked(identity, body.config)
     core.environments.create(name, config, notes_of(body), None)
     return edited(core, name, "created", response)
 
@@ -203,11 +205,13 @@ def get_config(
     dependencies=[needs("config.edit.*"), audits("config.edit")],
     responses=EDIT_ERRORS,
 )
-def put_config(core: CoreDep, name: str, body: PutConfig, response: Response, if_match: IfMatch = None) -> Edited:
+def put_config(
+    core: CoreDep, identity: IdentityDep, name: str, body: PutConfig, response: Response, if_match: IfMatch = None
+) -> Edited:
     """Replace the configuration whole. What contradicts itself is stored and reported; unknown options are refused."""
     name = core.environments.folder(name).name
     stored = core.environments.read(name).config
-    core.environments.write(name, checked(unmask(dashed(body.config), stored)), if_match=if_match)
+    core.environments.write(name, checked(identity, unmask(dashed(body.config), stored)), if_match=if_match)
     if notes := notes_of(body):
         core.environments.write_metadata(name, notes)
     return edited(core, name, "updated", response)
@@ -219,13 +223,15 @@ def put_config(core: CoreDep, name: str, body: PutConfig, response: Response, if
     dependencies=[needs("config.edit.*"), audits("config.edit")],
     responses=EDIT_ERRORS,
 )
-def patch_config(core: CoreDep, name: str, body: PutConfig, response: Response, if_match: IfMatch = None) -> Edited:
+def patch_config(
+    core: CoreDep, identity: IdentityDep, name: str, body: PutConfig, response: Response, if_match: IfMatch = None
+) -> Edited:
     """A merge patch: null removes an option."""
     name = core.environments.folder(name).name
     stored = core.environments.read(name).config
     merged = stored | unmask(dashed(body.config), stored)
     kept = {option: value for option, value in merged.items() if value is not None}
-    core.environments.write(name, checked(kept), if_match=if_match)
+    core.environments.write(name, checked(identity, kept), if_match=if_match)
     if notes := notes_of(body):
         core.environments.write_metadata(name, notes)
     return edited(core, name, "updated", response)
@@ -304,9 +310,10 @@ def read_masked(core: Core, name: str) -> tuple[dict[str, Any], str]:
     return mask(stored.config, secret_names(stored.config.get("--model_family"))), stored.etag
 
 
-def checked(config: dict[str, Any]) -> dict[str, Any]:
-    """Dashed, as it was written. Raises UserError `invalid_config` for unknown options and wrong types."""
+def checked(identity: Identity, config: dict[str, Any]) -> dict[str, Any]:
+    """Dashed, as it was written. Raises UserError `invalid_config` for unknown options and wrong types, and `hook_permission_required`."""
     named = dashed(config)
+    require_hooks(identity, named)
     known = known_options(named.get("--model_family"))
     typed_values(layer_from_mapping(config, name="request", known=known), known)
     return {name: value for name, value in named.items() if not name.startswith("__")}

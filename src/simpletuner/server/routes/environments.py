@@ -18,6 +18,7 @@ from simpletuner.server.audit_trail import audits
 from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.environment_view import Meta, starter_datasets
 from simpletuner.server.errors import ErrorItem, did_you_mean, error_responses
+from simpletuner.server.hooks import require_hooks
 from simpletuner.server.plain_json import PlainObject, PlainObjects
 from simpletuner.server.rights import needs
 from simpletuner.server.routes.configs import (
@@ -128,7 +129,7 @@ def create_environment(core: CoreDep, identity: IdentityDep, body: NewEnvironmen
         config["--data_backend_config"] = body.dataloader_path
     notes: dict[str, Any] = {"description": body.description, "tags": body.tags or [], "owner": identity.user_id}
     lycoris = generated_text(AdapterOptions()) if config.get("--lora_type") == "lycoris" else None
-    core.environments.create(name, checked(config), notes, datasets, lycoris)
+    core.environments.create(name, checked(identity, config), notes, datasets, lycoris)
     core.announce_config(name, "created")
     return MadeEnvironment(
         message=f"Environment {name} created", environment=show(core, name), config=config, dataloader=place
@@ -199,7 +200,8 @@ def rename_config(core: CoreDep, name: str, body: NewName) -> Moved:
     status_code=201,
     responses=error_responses("unknown_config", "already_exists"),
 )
-def copy_config(core: CoreDep, name: str, body: TargetName) -> Moved:
+def copy_config(core: CoreDep, identity: IdentityDep, name: str, body: TargetName) -> Moved:
+    require_hooks(identity, core.environments.read(name).config)
     copied = core.environments.copy(core.environments.folder(name).name, body.target_name).name
     core.announce_config(copied, "created")
     return Moved(message=f"{name} copied to {copied}", metadata=show(core, copied))
@@ -297,10 +299,10 @@ def export_config(core: CoreDep, name: str, include_metadata: bool = True) -> di
     status_code=201,
     responses=error_responses("already_exists"),
 )
-def import_config(core: CoreDep, body: ImportRequest, response: Response) -> Edited:
+def import_config(core: CoreDep, identity: IdentityDep, body: ImportRequest, response: Response) -> Edited:
     """An export, or a bare configuration with `name`."""
     is_export = isinstance(body.data.get("config"), dict)
-    config = checked(body.data["config"] if is_export else body.data)
+    config = checked(identity, body.data["config"] if is_export else body.data)
     notes: dict[str, Any] = dict(body.data.get("_metadata") or {}) if is_export else {}
     name = body.name or notes.get("name")
     if not isinstance(name, str):

@@ -14,6 +14,7 @@ from simpletuner.server.audit_trail import audits
 from simpletuner.server.config_view import mask, secret_names
 from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.errors import ErrorItem, error_responses, request_id_of
+from simpletuner.server.hooks import require_hooks
 from simpletuner.server.idempotency import REPLAYED_HEADER, IdempotencyKey, build_claim, find_answer
 from simpletuner.server.launch import Launched, LaunchOptions, launch
 from simpletuner.server.negotiation import (
@@ -133,6 +134,7 @@ def start_training(
         return _start_response(stored, html=html, replayed=True)
     asked = ask(core, body, environment, for_start=True)
     asked.resolution.require()
+    require_hooks(identity, asked.resolution.values)
     options = LaunchOptions(no_wait=no_wait, any_gpu=any_gpu, priority=priority, user_id=identity.user_id, claim=claim)
     launched = launch(core, asked, options)
     answer = _start_answer(core, launched, asked.resolution.warnings).model_dump()
@@ -174,7 +176,9 @@ def _start_response(answer: dict[str, Any], *, html: bool, replayed: bool) -> Re
     responses=error_responses("no_active_environment", "unknown_config", "unsupported_media_type"),
     openapi_extra=option_body_schema({"--learning_rate": 0.0001}, required=True),
 )
-def update_active_config(core: CoreDep, body: OptionBodyDep, environment: Environment = None) -> ConfigAnswer:
+def update_active_config(
+    core: CoreDep, identity: IdentityDep, body: OptionBodyDep, environment: Environment = None
+) -> ConfigAnswer:
     """Merge options into the active environment; nothing starts."""
     name = environment or core.active_environment()
     if name is None:
@@ -186,6 +190,7 @@ def update_active_config(core: CoreDep, body: OptionBodyDep, environment: Enviro
         raise UserError("body_required", "This request needs options.", hint="For example --learning_rate.")
     changes = {f"--{option}": value for option, value in typed_values(layer, known).items()}
     merged = {option: value for option, value in (stored | changes).items() if value is not None}
+    require_hooks(identity, merged)
     etag = core.environments.write(name, merged)
     core.announce_config(name, "changed")
     warnings = [problem for problem in layer.problems if problem.level == "warning"]
