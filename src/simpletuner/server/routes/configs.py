@@ -311,7 +311,7 @@ def read_masked(core: Core, name: str) -> tuple[dict[str, Any], str]:
 
 
 def checked(identity: Identity, config: dict[str, Any]) -> dict[str, Any]:
-    """Dashed, as it was written. Raises UserError `invalid_config` for unknown options and wrong types, and `hook_permission_required`."""
+    """Dashed, as it was written. Raises UserError `invalid_config` or `hook_permission_required`."""
     named = dashed(config)
     require_hooks(identity, named)
     known = known_options(named.get("--model_family"))
