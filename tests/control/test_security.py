@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,12 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from simpletuner.errors import UserError
-from simpletuner.server.security import LOCAL, admit
+from simpletuner.server.accounts import Accounts
+from simpletuner.server.identity import LOCAL
+from simpletuner.server.rate_limit import RateLimiter
+from simpletuner.server.security import admit
 from simpletuner.server.settings import ServerSettings
+from simpletuner.store.store import Store
 
 
 def scope(
@@ -25,6 +31,7 @@ def scope(
         "method": method,
         "path": path,
         "client": (peer, 1),
+        "scheme": "http",
         "headers": [(name.encode(), value.encode()) for name, value in given.items()],
     }
 
@@ -33,9 +40,18 @@ def settings(**flags: Any) -> ServerSettings:
     return ServerSettings.read(flags, {}, Path("/tmp"))
 
 
-def verdict(asked: dict[str, Any], **flags: Any) -> str:
+@pytest.fixture(scope="module")
+def accounts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Accounts]:
+    """Without an admin."""
+    state = tmp_path_factory.mktemp("state")
+    store = Store.open(state)
+    yield Accounts(store, state)
+    store.close()
+
+
+def verdict(accounts: Accounts, asked: dict[str, Any], **flags: Any) -> str:
     try:
-        return "ok" if admit(asked, settings(**flags)) in {LOCAL, None} else "?"
+        return "ok" if asyncio.run(admit(asked, settings(**flags), accounts, RateLimiter())) in {LOCAL, None} else "?"
     except UserError as error:
         return error.code
 
@@ -78,23 +94,23 @@ def verdict(asked: dict[str, Any], **flags: Any) -> str:
         (scope(kind="websocket"), "ok"),
     ],
 )
-def test_who_may_pass(asked: dict[str, Any], expected: str) -> None:
-    assert verdict(asked) == expected
+def test_who_may_pass(accounts: Accounts, asked: dict[str, Any], expected: str) -> None:
+    assert verdict(accounts, asked) == expected
 
 
-def test_flags_open_and_close() -> None:
-    assert verdict(scope(), no_open_loopback=True) == "unauthenticated"
-    assert verdict(scope(path="/docs", peer="10.0.0.5"), public_docs=True) == "ok"
-    assert verdict(scope(host="a.example"), allowed_hosts="b.example") == "host_not_allowed"
-    assert verdict(scope(path="/health", host="a.example"), allowed_hosts="b.example") == "host_not_allowed"
+def test_flags_open_and_close(accounts: Accounts) -> None:
+    assert verdict(accounts, scope(), no_open_loopback=True) == "unauthenticated"
+    assert verdict(accounts, scope(path="/docs", peer="10.0.0.5"), public_docs=True) == "ok"
+    assert verdict(accounts, scope(host="a.example"), allowed_hosts="b.example") == "host_not_allowed"
+    assert verdict(accounts, scope(path="/health", host="a.example"), allowed_hosts="b.example") == "host_not_allowed"
     friend = scope(method="POST", origin="https://ui.example", sec_fetch_site="cross-site")
-    assert verdict(friend, allowed_origins="https://ui.example") == "ok"
+    assert verdict(accounts, friend, allowed_origins="https://ui.example") == "ok"
 
 
 def test_every_route_refuses_a_bad_key(shared_server: ServerProcess) -> None:
     document = shared_server.get("/openapi.json")
     for path, operations in document["paths"].items():
-        if path.startswith("/health"):
+        if path.startswith(("/health", "/api/cloud/auth/setup/")):
             continue
         for method in operations:
             url = path.replace("{", "").replace("}", "")

@@ -26,6 +26,8 @@ def server(
     allowed_hosts: str | None = None,
     allowed_origins: str | None = None,
     no_open_loopback: Annotated[bool, Parameter(negative="")] = False,
+    trust_loopback: Annotated[bool, Parameter(negative="")] = False,
+    trusted_proxies: str | None = None,
     public_docs: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Serve the HTTP API until SIGTERM; running jobs go on without it.
@@ -56,6 +58,10 @@ def server(
         Comma list of browser origins to accept beside our own.
     no_open_loopback
         Let nobody in without credentials, not even from this machine.
+    trust_loopback
+        Let everybody on this machine in without credentials, also after an admin was made.
+    trusted_proxies
+        Comma list of addresses and networks whose X-Forwarded-For and X-Forwarded-Proto are believed.
     public_docs
         Serve /docs, /redoc and /openapi.json to everybody.
     """
@@ -71,6 +77,8 @@ def server(
         "allowed_hosts": allowed_hosts,
         "allowed_origins": allowed_origins,
         "no_open_loopback": no_open_loopback or None,
+        "trust_loopback": trust_loopback or None,
+        "trusted_proxies": trusted_proxies,
         "public_docs": public_docs or None,
     }
     run_server(ServerSettings.read(flags, os.environ, Path.cwd()), environment=env)

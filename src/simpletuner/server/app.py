@@ -16,24 +16,32 @@ from simpletuner.server.core import Core
 from simpletuner.server.docs import add_docs
 from simpletuner.server.errors import add_error_handlers, error_responses
 from simpletuner.server.query import refuse_unknown_query
+from simpletuner.server.rights import check_right
 from simpletuner.server.routes import (
+    audit,
+    auth,
     configs,
     environments,
     events,
     health,
     jobs,
+    keys,
     logs,
     lycoris,
+    registration,
     system,
     training,
     training_control,
+    users,
     webhook_files,
     webhooks,
 )
 from simpletuner.server.security import Security
 from simpletuner.server.settings import ServerSettings
 
-EVERYWHERE = error_responses("invalid_credentials", "origin_not_allowed", "invalid_field", "unknown_field")
+EVERYWHERE = error_responses(
+    "invalid_credentials", "permission_denied", "origin_not_allowed", "invalid_field", "unknown_field", "rate_limited"
+)
 
 
 def create_app(
@@ -69,7 +77,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        dependencies=[Depends(refuse_unknown_query)],
+        dependencies=[Depends(check_right), Depends(refuse_unknown_query)],
         responses=EVERYWHERE,
         separate_input_output_schemas=False,
     )
@@ -103,6 +111,12 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(webhook_files.router)
     app.include_router(environments.router)
     app.include_router(lycoris.router)
+    app.include_router(users.router)
+    app.include_router(audit.router)
+    app.include_router(registration.router)
+    for router in (auth.router, keys.router):
+        app.include_router(router, prefix="/api/cloud/auth")
+        app.include_router(router, prefix="/api/auth", include_in_schema=False)
     app.include_router(configs.router)
     for router in (jobs.router, logs.router):
         app.include_router(router, prefix="/api/jobs")

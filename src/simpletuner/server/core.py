@@ -24,7 +24,9 @@ from simpletuner.jobs.supervisor import Supervisor
 from simpletuner.jobs.webhook_post import Poster
 from simpletuner.jobs.webhook_target import TargetRules
 from simpletuner.jobs.webhooks import Courier
-from simpletuner.server.security import Identity
+from simpletuner.server.accounts import Accounts
+from simpletuner.server.identity import Identity
+from simpletuner.server.rate_limit import RateLimiter
 from simpletuner.server.settings import ServerSettings
 from simpletuner.server.stages import StageBoard
 from simpletuner.store.job_row import JobRow
@@ -47,6 +49,8 @@ class Core:
     poster: Poster
     foreground: ForegroundOutbox
     couriers: tuple[Courier, ...]
+    accounts: Accounts
+    limiter: RateLimiter = field(default_factory=RateLimiter)
     started_at: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -58,7 +62,9 @@ class Core:
         settings.datasets_dir.mkdir(parents=True, exist_ok=True)
         settings.jobs_root.mkdir(parents=True, exist_ok=True)
         settings.state_dir.chmod(0o700)
-        store = Store.open(settings.state_dir, database_url=settings.database_url)
+        store = Store.open(
+            settings.state_dir, database_url=settings.database_url, audit_kept_days=settings.audit_kept_days
+        )
         devices = read_inventory(settings.devices, environ)
         executor = LocalExecutor(environ, num_slots=len(devices))
         placement = Placement(store, executor, devices, settings.jobs_root)
@@ -81,6 +87,7 @@ class Core:
             poster=poster,
             foreground=foreground,
             couriers=couriers,
+            accounts=Accounts(store, settings.state_dir),
         )
 
     def job(self, job_id: str) -> JobRow:
@@ -120,5 +127,11 @@ def _identity(connection: HTTPConnection) -> Identity:
     return connection.state.identity
 
 
+def _maybe_identity(connection: HTTPConnection) -> Identity | None:
+    return connection.state.identity
+
+
 CoreDep = Annotated[Core, Depends(_core)]
 IdentityDep = Annotated[Identity, Depends(_identity)]
+MaybeIdentityDep = Annotated[Identity | None, Depends(_maybe_identity)]
+"""Of public routes, where nobody may ask too."""

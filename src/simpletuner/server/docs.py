@@ -10,6 +10,8 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
 
+from simpletuner.server.rights import public
+
 STATIC = Path(__file__).parent / "static"
 
 SWAGGER = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -30,11 +32,11 @@ Redoc.init("/openapi.json", {{disableGoogleFont: true}}, document.getElementById
 def add_docs(app: FastAPI) -> None:
     router = APIRouter(include_in_schema=False)
 
-    @router.get("/docs")
+    @router.get("/docs", dependencies=[public()])
     async def swagger() -> HTMLResponse:  # pyright: ignore[reportUnusedFunction]
         return _page(SWAGGER, app.title)
 
-    @router.get("/redoc")
+    @router.get("/redoc", dependencies=[public()])
     async def redoc() -> HTMLResponse:  # pyright: ignore[reportUnusedFunction]
         return _page(REDOC, app.title)
 

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from simpletuner.errors import Problem, UserError, errors_of
+from simpletuner.server.rate_limit import RateLimited
 
 STATUS_OF: Mapping[str, int] = {
     code: status
@@ -120,7 +121,8 @@ async def _on_user_error(request: Request, error: Exception) -> JSONResponse:
         # A finding about a configuration, raised alone: its own code belongs into the list.
         own = Problem(code=code, message=error.message, hint=error.hint, pointer=error.pointer)
         problems, code = problems or [own], "invalid_config"
-    return envelope(request.scope, code=code, detail=error.message, hint=error.hint, problems=problems)
+    headers = error.headers if isinstance(error, RateLimited) else None
+    return envelope(request.scope, code=code, detail=error.message, hint=error.hint, problems=problems, headers=headers)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:

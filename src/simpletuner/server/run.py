@@ -71,6 +71,8 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             print(f"SimpleTuner serves {self._settings.url}", file=sys.stderr, flush=True)
+            if token := self._core.accounts.prepare_setup():
+                print(f"No admin yet. Setup token: {token}", file=sys.stderr, flush=True)
             if self._environment is not None:
                 await asyncio.to_thread(launch_environment, self._core, self._environment)
 

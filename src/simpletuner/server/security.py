@@ -1,43 +1,39 @@
-"""Who is asking (api.md §1.2). Until accounts exist there is one identity: the open loopback one."""
+"""Who is asking (api.md §1.2), before any route is: credentials, open identity, origin, host, rate limits."""
 
 from __future__ import annotations
 
-import ipaddress
-from dataclasses import dataclass
-from http.cookies import CookieError, SimpleCookie
-from typing import Literal
-from urllib.parse import urlsplit
+import asyncio
+from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.requests import cookie_parser
+from starlette.responses import RedirectResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from simpletuner.errors import UserError
+from simpletuner.server.accounts import Accounts
+from simpletuner.server.audit_trail import AuditTrail
+from simpletuner.server.core import Core
 from simpletuner.server.errors import envelope
+from simpletuner.server.identity import LOCAL, Identity
+from simpletuner.server.negotiation import wants_html_strictly
+from simpletuner.server.peer import believe_proxies, host_name, is_direct_loopback, peer_of
+from simpletuner.server.rate_limit import ANONYMOUS, AUTHENTICATED, RateLimited, RateLimiter
+from simpletuner.server.session_cookie import SESSION_COOKIE, clearing_cookie
 from simpletuner.server.settings import ServerSettings
 
-SESSION_COOKIE = "simpletuner_session"
-LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
-FORWARDING_HEADERS = frozenset({"forwarded", "x-real-ip", "via"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 PUBLIC_DOCS = frozenset({"/docs", "/redoc", "/openapi.json"})
+LOGIN_PAGE = "/login"
+AUTH_PREFIXES = ("/api/cloud/auth/", "/api/auth/")
+BEFORE_SETUP = frozenset({"setup/status", "setup/first-admin"})
+PUBLIC_AUTH = BEFORE_SETUP | {"login", "logout", "register"}
+AUTH_CHECK = "check"
 POLICY_VIOLATION = 1008
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    user_id: str
-    is_admin: bool
-    by: Literal["loopback"]
-
-    def may(self, permission: str) -> bool:
-        return self.is_admin
-
-
-LOCAL = Identity(user_id="local", is_admin=True, by="loopback")
-
-
 class Security:
-    """Puts an `Identity` into the request's state, or answers instead of the application."""
+    """Puts an `Identity`, or None for nobody, into the request's state; or answers instead of the application."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app = app
@@ -47,81 +43,104 @@ class Security:
         if scope["type"] not in {"http", "websocket"}:
             await self._app(scope, receive, send)
             return
+        core: Core = scope["app"].state.core
         try:
-            scope["state"]["identity"] = admit(scope, self._settings)
+            scope["state"]["identity"] = await admit(scope, self._settings, core.accounts, core.limiter)
         except UserError as error:
             await _refuse(error, scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        trail = AuditTrail(core.store.audit, scope)
+
+        async def send_audited(message: Message) -> None:
+            if message["type"] == "http.response.start" and trail.is_due(message["status"]):
+                await asyncio.to_thread(trail.write)
+            await send(message)
+
+        await self._app(scope, receive, send_audited)
 
 
-def admit(scope: Scope, settings: ServerSettings) -> Identity | None:
-    """None on public paths. Raises UserError where the request may not pass."""
+async def admit(scope: Scope, settings: ServerSettings, accounts: Accounts, limiter: RateLimiter) -> Identity | None:
+    """None for nobody, on paths that let nobody in. Raises UserError where the request may not pass."""
+    open_loopback = is_direct_loopback(scope)
+    believe_proxies(scope, settings.trusted_networks)
     headers = Headers(scope=scope)
-    host = _host_name(headers.get("host", ""))
+    host = host_name(headers.get("host", ""))
     if settings.allowed_hosts and host not in settings.allowed_hosts:
         raise UserError("host_not_allowed", f"This server does not answer for host {host or '(none)'}.")
-    if is_public(scope["path"], settings):
+    has_admin = accounts.has_admin()
+    is_open = open_loopback and settings.open_loopback and (settings.trust_loopback or not has_admin)
+    try:
+        identity = await _identify(scope, headers, settings, accounts, is_open=is_open, has_admin=has_admin)
+    except UserError:
+        # A guess costs as much as any other request of nobody.
+        limiter.hit(ANONYMOUS, peer_of(scope))
+        raise
+    if identity is None:
+        limiter.hit(ANONYMOUS, peer_of(scope))
+    elif identity.by != "loopback":
+        limiter.hit(AUTHENTICATED, identity.quota)
+    if identity is None or identity.by != "key":
+        _check_origin(scope, headers, settings)
+    return identity
+
+
+async def _identify(
+    scope: Scope, headers: Headers, settings: ServerSettings, accounts: Accounts, *, is_open: bool, has_admin: bool
+) -> Identity | None:
+    """The first credential that is present decides; on public paths none is looked at."""
+    path = scope["path"]
+    if is_public(path, settings, has_admin=has_admin):
+        return LOCAL if is_open else None
+    keys, sessions = _keys(headers), session_tokens(headers)
+    if keys or sessions:
+        found = [await asyncio.to_thread(accounts.identify_key, key) for key in keys]
+        found = found or [await asyncio.to_thread(accounts.identify_session, token) for token in sessions]
+        if found[0] is None or None in found:
+            hint = "It is unknown, has run out or was revoked: log in again, or take another key."
+            raise UserError("invalid_credentials", "The credential of this request is not valid.", hint=hint)
+        return found[0]
+    if is_open:
+        return LOCAL
+    if has_admin and _auth_route(path) == AUTH_CHECK:
         return None
-    if _has_credential(headers):
-        hint = "This server has no accounts yet: leave the credential out and ask from this machine."
-        raise UserError("invalid_credentials", "The credential of this request is not valid.", hint=hint)
-    if not (settings.open_loopback and is_open_loopback(scope)):
-        hint = "Until an admin exists, only direct requests from this machine to localhost are served."
-        raise UserError("unauthenticated", "This request carries no credential.", hint=hint)
-    _check_origin(scope, headers, settings)
-    return LOCAL
+    hint = (
+        "Send X-API-Key, or log in."
+        if has_admin
+        else "Until an admin exists, only direct requests from this machine to localhost are served."
+    )
+    raise UserError("unauthenticated", "This request carries no credential.", hint=hint)
 
 
-def is_public(path: str, settings: ServerSettings) -> bool:
-    if path == "/health" or path.startswith("/health/"):
+def is_public(path: str, settings: ServerSettings, *, has_admin: bool) -> bool:
+    if path == "/health" or path.startswith("/health/") or path == LOGIN_PAGE:
+        return True
+    if _auth_route(path) in (PUBLIC_AUTH if has_admin else BEFORE_SETUP):
         return True
     return settings.public_docs and (path in PUBLIC_DOCS or path.startswith("/docs/assets/"))
 
 
-def is_open_loopback(scope: Scope) -> bool:
-    """The *socket peer* counts: what headers say of another sender only takes the identity away."""
-    headers = Headers(scope=scope)
-    if any(name in FORWARDING_HEADERS or name.startswith("x-forwarded-") for name in headers):
-        return False
-    client = scope.get("client")
-    return client is not None and _is_loopback(client[0]) and _host_name(headers.get("host", "")) in LOOPBACK_NAMES
+def _auth_route(path: str) -> str | None:
+    return next((path.removeprefix(prefix) for prefix in AUTH_PREFIXES if path.startswith(prefix)), None)
 
 
-def _is_loopback(address: str) -> bool:
-    try:
-        peer = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    if isinstance(peer, ipaddress.IPv6Address) and peer.ipv4_mapped is not None:
-        peer = peer.ipv4_mapped
-    return peer.is_loopback
+def _keys(headers: Headers) -> list[str]:
+    """Every value that claims to be a key; one of another kind cannot be valid."""
+    bearers = headers.getlist("authorization")
+    return [*headers.getlist("x-api-key"), *(_bearer(value) for value in bearers)]
 
 
-def _host_name(host: str) -> str:
-    """Without the port; IPv6 keeps its brackets."""
-    host = host.strip().lower()
-    if host.startswith("["):
-        return host[: host.find("]") + 1]
-    name, _, port = host.partition(":")
-    return name if not port or port.isdigit() else host
+def _bearer(value: str) -> str:
+    kind, _, token = value.strip().partition(" ")
+    return token.strip() if kind.lower() == "bearer" else ""
 
 
-def _has_credential(headers: Headers) -> bool:
-    if "x-api-key" in headers or "authorization" in headers:
-        return True
-    return any(_has_session(value) for value in headers.getlist("cookie"))
-
-
-def _has_session(cookie: str) -> bool:
-    try:
-        return SESSION_COOKIE in SimpleCookie(cookie)
-    except CookieError:
-        return SESSION_COOKIE in cookie
+def session_tokens(headers: Headers) -> list[str]:
+    cookies = (cookie_parser(value) for value in headers.getlist("cookie"))
+    return [found[SESSION_COOKIE] for found in cookies if SESSION_COOKIE in found]
 
 
 def _check_origin(scope: Scope, headers: Headers, settings: ServerSettings) -> None:
-    """A page of another site must not act through this machine's open identity."""
+    """A page of another site must not act through a browser's session or this machine's open identity."""
     if scope["type"] == "http" and scope["method"] in SAFE_METHODS:
         return
     origin = headers.get("origin")
@@ -142,10 +161,24 @@ async def _refuse(error: UserError, scope: Scope, receive: Receive, send: Send) 
             await send({"type": "websocket.accept"})
         await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": error.message[:100]})
         return
-    headers: dict[str, str] = {}
+    if error.code == "unauthenticated" and _is_page(scope):
+        await RedirectResponse(f"{LOGIN_PAGE}?next={quote(_place(scope))}", 303)(scope, receive, send)
+        return
+    headers = error.headers if isinstance(error, RateLimited) else {}
     if unauthenticated:
-        headers["WWW-Authenticate"] = "Bearer"
-        if any(_has_session(value) for value in Headers(scope=scope).getlist("cookie")):
-            headers["Set-Cookie"] = f"{SESSION_COOKIE}=; Max-Age=0; Path=/; HttpOnly; SameSite=Lax"
+        headers = {"WWW-Authenticate": "Bearer"}
+        if session_tokens(Headers(scope=scope)):
+            headers["Set-Cookie"] = clearing_cookie(scope)
     answer = envelope(scope, code=error.code, detail=error.message, hint=error.hint, headers=headers)
     await answer(scope, receive, send)
+
+
+def _is_page(scope: Scope) -> bool:
+    path = scope["path"]
+    is_api = path == "/api" or path.startswith("/api/")
+    return scope["method"] == "GET" and not is_api and wants_html_strictly(Headers(scope=scope))
+
+
+def _place(scope: Scope) -> str:
+    query = scope["query_string"].decode("latin-1")
+    return f"{scope['path']}?{query}" if query else scope["path"]

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from simpletuner.config.sources import parse_boolean
 from simpletuner.errors import UserError
+from simpletuner.server.peer import Network, parse_networks
 
 DEFAULT_HOST = "0.0.0.0"
 DEFAULT_PORT = 8001
 DEFAULT_STOP_GRACE_S = 600.0
+DEFAULT_AUDIT_DAYS = 90
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,9 @@ class ServerSettings:
     allowed_origins: tuple[str, ...] = ()
     open_loopback: bool = True
     public_docs: bool = False
+    trust_loopback: bool = False
+    trusted_networks: tuple[Network, ...] = ()
+    audit_kept_days: int = DEFAULT_AUDIT_DAYS
     stop_grace_s: float = DEFAULT_STOP_GRACE_S
     webhook_allow_private: bool = True
     ssl_certfile: Path | None = None
@@ -59,6 +64,9 @@ class ServerSettings:
             allowed_origins=source.names("allowed_origins"),
             open_loopback=not flags.get("no_open_loopback"),
             public_docs=bool(flags.get("public_docs")),
+            trust_loopback=bool(flags.get("trust_loopback")),
+            trusted_networks=parse_networks(source.names("trusted_proxies")),
+            audit_kept_days=source.number("audit_retention_days", DEFAULT_AUDIT_DAYS),
             stop_grace_s=float(source.number("stop_grace_s", int(DEFAULT_STOP_GRACE_S))),
             webhook_allow_private=source.switch("webhook_allow_private", default=True),
             ssl_certfile=cwd / certfile if certfile else None,

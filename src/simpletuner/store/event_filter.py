@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from sqlalchemy import ColumnElement, and_, or_
+from sqlalchemy import ColumnElement, and_, func, or_, select
 
 from simpletuner.errors import UserError
 from simpletuner.store.schema import events
@@ -22,6 +23,8 @@ class EventFilter:
 
     job_id: str | None = None
     types: tuple[str, ...] = ()
+    sees: Callable[[], set[str]] | None = None
+    """The only jobs whose events are wanted, asked anew each time."""
 
     @classmethod
     def parse(cls, *, job_id: str | None = None, types: Iterable[str] = ()) -> EventFilter:
@@ -35,12 +38,18 @@ class EventFilter:
     def accepts(self, *, job_id: str | None, type_: str) -> bool:
         if self.job_id is not None and job_id != self.job_id:
             return False
+        if self.sees is not None and job_id not in self.sees():
+            return False
         return not self.types or self._pattern.fullmatch(type_) is not None
 
     def clause(self) -> ColumnElement[bool]:
         wanted: list[ColumnElement[bool]] = []
         if self.job_id is not None:
             wanted.append(events.c.job_id == self.job_id)
+        if self.sees is not None:
+            # One bound value, however many jobs there are: the event database is always SQLite.
+            ids = func.json_each(json.dumps(sorted(self.sees()))).table_valued("value")
+            wanted.append(events.c.job_id.in_(select(ids.c.value)))
         if self.types:
             wanted.append(or_(*(events.c.type.like(_as_like(glob), escape="\\") for glob in self.types)))
         return and_(True, *wanted)

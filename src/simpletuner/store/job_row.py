@@ -81,6 +81,7 @@ class JobQuery:
     target: str | None = None
     config_name: str | None = None
     user_id: str | None = None
+    seen_user_id: str | None = None  # the only one whose jobs the asker sees
     since: str | None = None
     limit: int = 100
     offset: int = 0

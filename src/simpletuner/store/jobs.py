@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, delete, func, insert, select, true, update
 from sqlalchemy.exc import IntegrityError
 
 from simpletuner.events import Event, EventType, JobStatusData, JobWaitingData, Severity, utc_now
@@ -106,16 +106,23 @@ class JobStore:
         active = self.with_status(ACTIVE)
         return sorted(active, key=lambda job: (job.started_at or "", job.position), reverse=True)
 
-    def latest_ended(self) -> JobRow | None:
+    def latest_ended(self, *, user_id: str | None = None) -> JobRow | None:
+        """Of one user, or of all."""
+        owned = true() if user_id is None else jobs.c.user_id == user_id
         with self._database.read() as connection:
             row = connection.execute(
-                select(jobs).where(jobs.c.completed_at.is_not(None)).order_by(jobs.c.completed_at.desc()).limit(1)
+                select(jobs)
+                .where(jobs.c.completed_at.is_not(None), owned)
+                .order_by(jobs.c.completed_at.desc())
+                .limit(1)
             ).one_or_none()
         return _row(row) if row else None
 
-    def ids(self) -> set[str]:
+    def ids(self, *, user_id: str | None = None) -> set[str]:
+        """Of one user, or of all."""
+        owned = true() if user_id is None else jobs.c.user_id == user_id
         with self._database.read() as connection:
-            return set(connection.scalars(select(jobs.c.job_id)))
+            return set(connection.scalars(select(jobs.c.job_id).where(owned)))
 
     def find(self, query: JobQuery) -> JobPage:
         """Newest first."""
@@ -214,6 +221,7 @@ def _filtered(statement: Select[Any], query: JobQuery) -> Select[Any]:
         (jobs.c.target, query.target),
         (jobs.c.config_name, query.config_name),
         (jobs.c.user_id, query.user_id),
+        (jobs.c.user_id, query.seen_user_id),
     ):
         if value is not None:
             statement = statement.where(column == value)

@@ -11,6 +11,7 @@ from simpletuner.store.schema import settings
 
 ACTIVE_ENVIRONMENT = "active_environment"
 JOB_MAX_CONCURRENT = "local_job_max_concurrent"
+REGISTRATION = "registration"
 GPU_MAX_CONCURRENT = "local_gpu_max_concurrent"
 
 

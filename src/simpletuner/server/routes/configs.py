@@ -15,12 +15,16 @@ from simpletuner.config.sources import layer_from_mapping
 from simpletuner.config.webhook_files import WebhookFiles
 from simpletuner.errors import UserError
 from simpletuner.server.asking import ask, known_options, typed_values
+from simpletuner.server.audit_trail import audits
 from simpletuner.server.config_view import dashed, mask, secret_names, unmask
-from simpletuner.server.core import Core, CoreDep
+from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.environment_view import Findings, Meta, find_problems, show_environment
 from simpletuner.server.errors import error_responses
+from simpletuner.server.hooks import require_hooks
+from simpletuner.server.identity import Identity
 from simpletuner.server.option_body import OptionBody
 from simpletuner.server.plain_json import PlainObject
+from simpletuner.server.rights import needs
 from simpletuner.server.routes.training import ValidateAnswer, show_problems
 
 router = APIRouter(prefix="/api/configs", tags=["configurations"])
@@ -96,7 +100,7 @@ class Message(BaseModel):
     message: str
 
 
-@router.get("", operation_id="list_configs")
+@router.get("", operation_id="list_configs", dependencies=[needs("config.view")])
 def list_configs(
     core: CoreDep,
     response: Response,
@@ -116,7 +120,7 @@ def list_configs(
     return ConfigList(configs=shown, active=core.active_environment(), count=len(names), config_type=config_type)
 
 
-@router.get("/examples", operation_id="list_examples")
+@router.get("/examples", operation_id="list_examples", dependencies=[needs("config.view")])
 def list_examples() -> ExampleList:
     """The environments that come with the package."""
     examples = Environments(EXAMPLES)
@@ -137,7 +141,7 @@ def list_examples() -> ExampleList:
     return ExampleList(examples=found, count=len(found))
 
 
-@router.get("/active", operation_id="get_active_config")
+@router.get("/active", operation_id="get_active_config", dependencies=[needs("config.view")])
 def get_active_config(core: CoreDep) -> ActiveConfig:
     """Never implied: null until one was activated."""
     name = core.active_environment()
@@ -146,17 +150,23 @@ def get_active_config(core: CoreDep) -> ActiveConfig:
     return ActiveConfig(name=name, config=read_masked(core, name)[0], metadata=show(core, name))
 
 
-@router.get("/schema", operation_id="get_config_schema")
+@router.get("/schema", operation_id="get_config_schema", dependencies=[needs("config.view")])
 def get_config_schema() -> dict[str, Any]:
     """JSON schema of all options."""
     return json_schema()
 
 
-@router.post("", operation_id="create_config", status_code=201, responses=error_responses("already_exists"))
-def create_config(core: CoreDep, body: NewConfig, response: Response) -> Edited:
+@router.post(
+    "",
+    operation_id="create_config",
+    dependencies=[needs("config.create"), audits("config.create")],
+    status_code=201,
+    responses=error_responses("already_exists"),
+)
+def create_config(core: CoreDep, identity: IdentityDep, body: NewConfig, response: Response) -> Edited:
     """A new environment with this configuration and nothing else."""
     name = core.environments.check_new_name(body.name or "")
-    config = checked(body.config)
+    config = checked(identity, body.config)
     core.environments.create(name, config, notes_of(body), None)
     return edited(core, name, "created", response)
 
@@ -164,6 +174,7 @@ def create_config(core: CoreDep, body: NewConfig, response: Response) -> Edited:
 @router.get(
     "/{name}",
     operation_id="get_config",
+    dependencies=[needs("config.view")],
     response_model=StoredConfigView,
     responses={304: {"description": "Not modified"}, **error_responses("unknown_config", "not_found")},
 )
@@ -188,32 +199,49 @@ def get_config(
     return StoredConfigView(name=name, config=content, metadata=show(core, name), config_type=config_type)
 
 
-@router.put("/{name}", operation_id="put_config", responses=EDIT_ERRORS)
-def put_config(core: CoreDep, name: str, body: PutConfig, response: Response, if_match: IfMatch = None) -> Edited:
+@router.put(
+    "/{name}",
+    operation_id="put_config",
+    dependencies=[needs("config.edit.*"), audits("config.edit")],
+    responses=EDIT_ERRORS,
+)
+def put_config(
+    core: CoreDep, identity: IdentityDep, name: str, body: PutConfig, response: Response, if_match: IfMatch = None
+) -> Edited:
     """Replace the configuration whole. What contradicts itself is stored and reported; unknown options are refused."""
     name = core.environments.folder(name).name
     stored = core.environments.read(name).config
-    core.environments.write(name, checked(unmask(dashed(body.config), stored)), if_match=if_match)
+    core.environments.write(name, checked(identity, unmask(dashed(body.config), stored)), if_match=if_match)
     if notes := notes_of(body):
         core.environments.write_metadata(name, notes)
     return edited(core, name, "updated", response)
 
 
-@router.patch("/{name}", operation_id="patch_config", responses=EDIT_ERRORS)
-def patch_config(core: CoreDep, name: str, body: PutConfig, response: Response, if_match: IfMatch = None) -> Edited:
+@router.patch(
+    "/{name}",
+    operation_id="patch_config",
+    dependencies=[needs("config.edit.*"), audits("config.edit")],
+    responses=EDIT_ERRORS,
+)
+def patch_config(
+    core: CoreDep, identity: IdentityDep, name: str, body: PutConfig, response: Response, if_match: IfMatch = None
+) -> Edited:
     """A merge patch: null removes an option."""
     name = core.environments.folder(name).name
     stored = core.environments.read(name).config
     merged = stored | unmask(dashed(body.config), stored)
     kept = {option: value for option, value in merged.items() if value is not None}
-    core.environments.write(name, checked(kept), if_match=if_match)
+    core.environments.write(name, checked(identity, kept), if_match=if_match)
     if notes := notes_of(body):
         core.environments.write_metadata(name, notes)
     return edited(core, name, "updated", response)
 
 
 @router.delete(
-    "/{name}", operation_id="delete_config", responses=error_responses("unknown_config", "environment_active")
+    "/{name}",
+    operation_id="delete_config",
+    dependencies=[needs("config.delete.*"), audits("config.delete")],
+    responses=error_responses("unknown_config", "environment_active"),
 )
 def delete_config(core: CoreDep, name: str) -> Message:
     """Its folder goes to the trash."""
@@ -225,14 +253,24 @@ def delete_config(core: CoreDep, name: str) -> Message:
     return Message(message=f"{name} deleted")
 
 
-@router.post("/{name}/activate", operation_id="activate_config", responses=UNKNOWN)
+@router.post(
+    "/{name}/activate",
+    operation_id="activate_config",
+    dependencies=[needs("config.activate"), audits("config.activate")],
+    responses=UNKNOWN,
+)
 def activate_config(core: CoreDep, name: str) -> Activated:
     name = core.environments.folder(name).name
     core.activate(name)
     return Activated(message=f"{name} is active", active=name)
 
 
-@router.post("/{name}/deactivate", operation_id="deactivate_config", responses=UNKNOWN)
+@router.post(
+    "/{name}/deactivate",
+    operation_id="deactivate_config",
+    dependencies=[needs("config.activate"), audits("config.deactivate")],
+    responses=UNKNOWN,
+)
 def deactivate_config(core: CoreDep, name: str) -> Activated:
     """Another active environment stays active."""
     name = core.environments.folder(name).name
@@ -241,7 +279,9 @@ def deactivate_config(core: CoreDep, name: str) -> Activated:
     return Activated(message=f"{name} is not active", active=core.active_environment())
 
 
-@router.post("/{name}/validate", operation_id="validate_environment", responses=UNKNOWN)
+@router.post(
+    "/{name}/validate", operation_id="validate_environment", dependencies=[needs("config.view")], responses=UNKNOWN
+)
 def validate_environment(core: CoreDep, name: str) -> ValidateAnswer:
     """What a start of this environment would say."""
     resolution = ask(core, OptionBody({}), core.environments.folder(name).name, for_start=False).resolution
@@ -270,9 +310,10 @@ def read_masked(core: Core, name: str) -> tuple[dict[str, Any], str]:
     return mask(stored.config, secret_names(stored.config.get("--model_family"))), stored.etag
 
 
-def checked(config: dict[str, Any]) -> dict[str, Any]:
-    """Dashed, as it was written. Raises UserError `invalid_config` for unknown options and wrong types."""
+def checked(identity: Identity, config: dict[str, Any]) -> dict[str, Any]:
+    """Dashed, as it was written. Raises UserError `invalid_config` or `hook_permission_required`."""
     named = dashed(config)
+    require_hooks(identity, named)
     known = known_options(named.get("--model_family"))
     typed_values(layer_from_mapping(config, name="request", known=known), known)
     return {name: value for name, value in named.items() if not name.startswith("__")}

@@ -14,10 +14,13 @@ from simpletuner.config.model_options import AdapterOptions
 from simpletuner.errors import UserError
 from simpletuner.events import utc_now
 from simpletuner.families.registry import load_spec
+from simpletuner.server.audit_trail import audits
 from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.environment_view import Meta, starter_datasets
 from simpletuner.server.errors import ErrorItem, did_you_mean, error_responses
+from simpletuner.server.hooks import require_hooks
 from simpletuner.server.plain_json import PlainObject, PlainObjects
+from simpletuner.server.rights import needs
 from simpletuner.server.routes.configs import (
     EDIT_ERRORS,
     EXAMPLES,
@@ -108,6 +111,7 @@ class ImportRequest(_Body):
 @router.post(
     "/environments",
     operation_id="create_environment",
+    dependencies=[needs("config.create"), audits("config.create")],
     status_code=201,
     responses=error_responses("not_found", "already_exists", "reserved_name"),
 )
@@ -125,7 +129,7 @@ def create_environment(core: CoreDep, identity: IdentityDep, body: NewEnvironmen
         config["--data_backend_config"] = body.dataloader_path
     notes: dict[str, Any] = {"description": body.description, "tags": body.tags or [], "owner": identity.user_id}
     lycoris = generated_text(AdapterOptions()) if config.get("--lora_type") == "lycoris" else None
-    core.environments.create(name, checked(config), notes, datasets, lycoris)
+    core.environments.create(name, checked(identity, config), notes, datasets, lycoris)
     core.announce_config(name, "created")
     return MadeEnvironment(
         message=f"Environment {name} created", environment=show(core, name), config=config, dataloader=place
@@ -173,7 +177,10 @@ def _place(core: Core, name: str) -> DataloaderPlace:
 
 
 @router.post(
-    "/{name}/rename", operation_id="rename_config", responses=error_responses("unknown_config", "already_exists")
+    "/{name}/rename",
+    operation_id="rename_config",
+    dependencies=[needs("config.edit.*"), audits("config.rename")],
+    responses=error_responses("unknown_config", "already_exists"),
 )
 def rename_config(core: CoreDep, name: str, body: NewName) -> Moved:
     """Paths inside that begin with the old name follow, and so does the active name."""
@@ -189,17 +196,22 @@ def rename_config(core: CoreDep, name: str, body: NewName) -> Moved:
 @router.post(
     "/{name}/copy",
     operation_id="copy_config",
+    dependencies=[needs("config.create"), audits("config.copy")],
     status_code=201,
     responses=error_responses("unknown_config", "already_exists"),
 )
-def copy_config(core: CoreDep, name: str, body: TargetName) -> Moved:
+def copy_config(core: CoreDep, identity: IdentityDep, name: str, body: TargetName) -> Moved:
+    require_hooks(identity, core.environments.read(name).config)
     copied = core.environments.copy(core.environments.folder(name).name, body.target_name).name
     core.announce_config(copied, "created")
     return Moved(message=f"{name} copied to {copied}", metadata=show(core, copied))
 
 
 @router.get(
-    "/{name}/dataloader", operation_id="get_dataloader", responses=error_responses("unknown_config", "not_found")
+    "/{name}/dataloader",
+    operation_id="get_dataloader",
+    dependencies=[needs("config.view")],
+    responses=error_responses("unknown_config", "not_found"),
 )
 def get_dataloader(core: CoreDep, name: str, response: Response) -> DataloaderView:
     """The dataset file, with warnings about its text."""
@@ -209,7 +221,12 @@ def get_dataloader(core: CoreDep, name: str, response: Response) -> DataloaderVi
     return DataloaderView(content=content, path=_place(core, name).path, warnings=show_problems(problems))
 
 
-@router.put("/{name}/dataloader", operation_id="put_dataloader", responses=EDIT_ERRORS)
+@router.put(
+    "/{name}/dataloader",
+    operation_id="put_dataloader",
+    dependencies=[needs("config.edit.*"), audits("config.edit")],
+    responses=EDIT_ERRORS,
+)
 def put_dataloader(
     core: CoreDep,
     name: str,
@@ -229,6 +246,7 @@ def put_dataloader(
 @router.post(
     "/{name}/dataloader",
     operation_id="create_dataloader",
+    dependencies=[needs("config.edit.*"), audits("config.edit")],
     status_code=201,
     responses=error_responses("unknown_config", "already_exists"),
 )
@@ -258,7 +276,7 @@ def create_dataloader(
     )
 
 
-@router.get("/{name}/export", operation_id="export_config", responses=UNKNOWN)
+@router.get("/{name}/export", operation_id="export_config", dependencies=[needs("config.view")], responses=UNKNOWN)
 def export_config(core: CoreDep, name: str, include_metadata: bool = True) -> dict[str, Any]:
     """Everything of the environment without its secrets, or the bare configuration."""
     name = core.environments.folder(name).name
@@ -274,11 +292,17 @@ def export_config(core: CoreDep, name: str, include_metadata: bool = True) -> di
     return exported
 
 
-@router.post("/import", operation_id="import_config", status_code=201, responses=error_responses("already_exists"))
-def import_config(core: CoreDep, body: ImportRequest, response: Response) -> Edited:
+@router.post(
+    "/import",
+    operation_id="import_config",
+    dependencies=[needs("config.create"), audits("config.import")],
+    status_code=201,
+    responses=error_responses("already_exists"),
+)
+def import_config(core: CoreDep, identity: IdentityDep, body: ImportRequest, response: Response) -> Edited:
     """An export, or a bare configuration with `name`."""
     is_export = isinstance(body.data.get("config"), dict)
-    config = checked(body.data["config"] if is_export else body.data)
+    config = checked(identity, body.data["config"] if is_export else body.data)
     notes: dict[str, Any] = dict(body.data.get("_metadata") or {}) if is_export else {}
     name = body.name or notes.get("name")
     if not isinstance(name, str):

@@ -12,8 +12,11 @@ from pydantic import BaseModel
 
 from simpletuner.errors import UserError
 from simpletuner.jobs.event_view import EventView, Images
-from simpletuner.server.core import Core, CoreDep
+from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.errors import error_responses
+from simpletuner.server.identity import Identity
+from simpletuner.server.rights import needs
+from simpletuner.server.sight import find_job, latest_ended, seen, within_sight
 from simpletuner.server.streams import check_room, serve_socket, sse_answer
 from simpletuner.store.event_filter import EventFilter
 
@@ -38,17 +41,17 @@ class EventPage(BaseModel):
     truncated: bool
 
 
-def job_filter(core: Core, job_id: str | None, types: list[str] | None) -> EventFilter:
+def job_filter(core: Core, identity: Identity, job_id: str | None, types: list[str] | None) -> EventFilter:
     """Raises UserError `unknown_job`."""
     if job_id == "current":
-        active = core.store.jobs.latest_active()
-        current = active[0] if active else core.store.jobs.latest_ended()
+        active = seen(identity, core.store.jobs.latest_active())
+        current = active[0] if active else latest_ended(core, identity)
         if current is None:
             raise UserError("unknown_job", "There was no job yet.")
         job_id = current.job_id
     elif job_id is not None:
-        core.job(job_id)
-    return EventFilter.parse(job_id=job_id, types=types or ())
+        find_job(core, identity, job_id)
+    return within_sight(core, identity, EventFilter.parse(job_id=job_id, types=types or ()))
 
 
 async def read_page(
@@ -74,9 +77,15 @@ async def read_page(
     )
 
 
-@router.get("/training/events", operation_id="list_events", responses=error_responses("unknown_job"))
+@router.get(
+    "/training/events",
+    operation_id="list_events",
+    dependencies=[needs("job.view.*")],
+    responses=error_responses("unknown_job"),
+)
 async def list_events(
     core: CoreDep,
+    identity: IdentityDep,
     since_index: Annotated[int, Query(ge=0, le=MOST_INDEX, description="First index, inclusive.")] = 0,
     job_id: JobId = None,
     types: Types = None,
@@ -85,12 +94,13 @@ async def list_events(
     images: Images = "inline",
 ) -> EventPage:
     """Events after a place, once."""
-    wanted = await asyncio.to_thread(job_filter, core, job_id, types)
+    wanted = await asyncio.to_thread(job_filter, core, identity, job_id, types)
     return await read_page(core, wanted, since_index=since_index, limit=limit, wait_s=wait, images=images)
 
 
 async def stream_events(
     core: CoreDep,
+    identity: IdentityDep,
     since_index: Since = None,
     job_id: JobId = None,
     types: Types = None,
@@ -101,19 +111,20 @@ async def stream_events(
     if since_index is None and last_event_id is not None and last_event_id.isdecimal():
         since_index = min(int(last_event_id), MOST_INDEX - 1) + 1
     check_room(core)
-    wanted = await asyncio.to_thread(job_filter, core, job_id, types)
+    wanted = await asyncio.to_thread(job_filter, core, identity, job_id, types)
     return sse_answer(core, wanted, since_index, EventView(core.settings.jobs_root, images))
 
 
 async def socket_events(
     socket: WebSocket,
     core: CoreDep,
+    identity: IdentityDep,
     since_index: Since = None,
     job_id: JobId = None,
     types: Types = None,
     images: Images = "inline",
 ) -> None:
-    wanted = await asyncio.to_thread(job_filter, core, job_id, types)
+    wanted = await asyncio.to_thread(job_filter, core, identity, job_id, types)
     await serve_socket(socket, core, wanted, since_index, EventView(core.settings.jobs_root, images))
 
 
@@ -122,6 +133,7 @@ def _add_stream_routes() -> None:
         router.add_api_route(
             path,
             stream_events,
+            dependencies=[needs("job.view.*")],
             methods=["GET"],
             operation_id="stream_events" if number == 0 else None,
             include_in_schema=number == 0,
@@ -131,7 +143,7 @@ def _add_stream_routes() -> None:
                 **error_responses("unknown_job", "too_many_streams"),
             },
         )
-        router.add_api_websocket_route(path, socket_events)
+        router.add_api_websocket_route(path, socket_events, dependencies=[needs("job.view.*")])
 
 
 _add_stream_routes()

@@ -11,6 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from simpletuner.server.core import Core, CoreDep
 from simpletuner.server.errors import ErrorBody, error_responses, request_id_of
+from simpletuner.server.rights import public
 
 router = APIRouter(tags=["health"])
 
@@ -26,14 +27,18 @@ class Readiness(Health):
     checks: dict[str, bool]
 
 
-@router.get("/health", operation_id="health")
-@router.get("/health/live", operation_id="health_live")
+@router.get("/health", operation_id="health", dependencies=[public()])
+@router.get("/health/live", operation_id="health_live", dependencies=[public()])
 async def health() -> Health:
     return Health()
 
 
 @router.get(
-    "/health/ready", operation_id="health_ready", response_model=Readiness, responses=error_responses("not_ready")
+    "/health/ready",
+    operation_id="health_ready",
+    dependencies=[public()],
+    response_model=Readiness,
+    responses=error_responses("not_ready"),
 )
 def health_ready(core: CoreDep, request: Request) -> Response:
     """503 with the same `checks` beside the error when one of them fails."""

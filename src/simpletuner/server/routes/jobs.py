@@ -15,12 +15,16 @@ from simpletuner.events import EventType
 from simpletuner.job import JobStatus
 from simpletuner.jobs.event_view import Images, artifact_url, find_artifact, media_of
 from simpletuner.server import control
+from simpletuner.server.audit_trail import audits
 from simpletuner.server.config_view import JobConfig, show_config
 from simpletuner.server.control import ControlAnswer, RequestAnswer
-from simpletuner.server.core import Core, CoreDep
+from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.errors import error_responses
 from simpletuner.server.job_view import JobView, show_jobs
+from simpletuner.server.rate_limit import END
+from simpletuner.server.rights import limited, needs
 from simpletuner.server.routes.events import EventPage, read_page
+from simpletuner.server.sight import find_job, owner_filter
 from simpletuner.store.event_filter import EventFilter
 from simpletuner.store.job_row import JobQuery
 
@@ -51,9 +55,10 @@ class Success(BaseModel):
     success: bool = True
 
 
-@router.get("", operation_id="list_jobs")
+@router.get("", operation_id="list_jobs", dependencies=[needs("job.view.*")])
 def list_jobs(
     core: CoreDep,
+    identity: IdentityDep,
     response: Response,
     status: Annotated[list[JobStatus] | None, Query()] = None,
     target: str | None = None,
@@ -69,6 +74,7 @@ def list_jobs(
         target=target,
         config_name=config_name,
         user_id=user,
+        seen_user_id=owner_filter(identity),
         since=since,
         limit=limit,
         offset=offset,
@@ -78,20 +84,21 @@ def list_jobs(
     return JobList(jobs=show_jobs(core, page.jobs), total=page.total)
 
 
-@router.get("/{job_id}", operation_id="get_job", responses=UNKNOWN)
-def get_job(core: CoreDep, job_id: str) -> OneJob:
-    return OneJob(job=show_jobs(core, [core.job(job_id)])[0])
+@router.get("/{job_id}", operation_id="get_job", dependencies=[needs("job.view.*")], responses=UNKNOWN)
+def get_job(core: CoreDep, identity: IdentityDep, job_id: str) -> OneJob:
+    return OneJob(job=show_jobs(core, [find_job(core, identity, job_id)])[0])
 
 
-@router.get("/{job_id}/config", operation_id="get_job_config", responses=UNKNOWN)
-def get_job_config(core: CoreDep, job_id: str) -> JobConfig:
+@router.get("/{job_id}/config", operation_id="get_job_config", dependencies=[needs("job.view.*")], responses=UNKNOWN)
+def get_job_config(core: CoreDep, identity: IdentityDep, job_id: str) -> JobConfig:
     """What was frozen at submit: every option resolved, and where each value came from."""
-    return show_config(core, core.job(job_id))
+    return show_config(core, find_job(core, identity, job_id))
 
 
-@router.get("/{job_id}/events", operation_id="list_job_events", responses=UNKNOWN)
+@router.get("/{job_id}/events", operation_id="list_job_events", dependencies=[needs("job.view.*")], responses=UNKNOWN)
 async def list_job_events(
     core: CoreDep,
+    identity: IdentityDep,
     job_id: str,
     since_index: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0,
     types: Annotated[list[str] | None, Query()] = None,
@@ -99,14 +106,14 @@ async def list_job_events(
     wait: Annotated[float, Query(ge=0, le=60)] = 0,
     images: Images = "inline",
 ) -> EventPage:
-    wanted = EventFilter.parse(job_id=core.job(job_id).job_id, types=types or ())
+    wanted = EventFilter.parse(job_id=find_job(core, identity, job_id).job_id, types=types or ())
     return await read_page(core, wanted, since_index=since_index, limit=limit, wait_s=wait, images=images)
 
 
-@router.get("/{job_id}/artifacts", operation_id="list_artifacts", responses=UNKNOWN)
-def list_artifacts(core: CoreDep, job_id: str) -> list[Artifact]:
+@router.get("/{job_id}/artifacts", operation_id="list_artifacts", dependencies=[needs("job.view.*")], responses=UNKNOWN)
+def list_artifacts(core: CoreDep, identity: IdentityDep, job_id: str) -> list[Artifact]:
     """Of what the job's events refer to, the files that are still there."""
-    core.job(job_id)
+    find_job(core, identity, job_id)
     found: dict[str, Artifact] = {}
     kinds = (EventType.VALIDATION_IMAGE, EventType.NOTIFICATION)
     for event in [event for kind in kinds for event in core.store.events.of_type(job_id, kind)]:
@@ -129,11 +136,12 @@ def list_artifacts(core: CoreDep, job_id: str) -> list[Artifact]:
 @router.get(
     "/{job_id}/artifacts/{artifact_id}",
     operation_id="get_artifact",
+    dependencies=[needs("job.view.*")],
     response_class=FileResponse,
     responses={200: {"content": {"application/octet-stream": {}}}, **error_responses("unknown_job", "not_found")},
 )
-def get_artifact(core: CoreDep, job_id: str, artifact_id: str) -> FileResponse:
-    core.job(job_id)
+def get_artifact(core: CoreDep, identity: IdentityDep, job_id: str, artifact_id: str) -> FileResponse:
+    find_job(core, identity, job_id)
     file = find_artifact(core.settings.jobs_root / job_id, artifact_id)
     if file is None:
         raise UserError("not_found", f"Job {job_id} has no artifact {artifact_id}.")
@@ -143,17 +151,24 @@ def get_artifact(core: CoreDep, job_id: str, artifact_id: str) -> FileResponse:
 @router.post(
     "/{job_id}/stop",
     operation_id="stop_job",
+    dependencies=[needs("job.cancel.*"), audits("job.stop"), limited(END)],
     status_code=202,
     responses=error_responses("unknown_job", "job_not_running"),
 )
-def stop_job(core: CoreDep, job_id: str) -> ControlAnswer:
-    return control.stop(core, job_id)
+def stop_job(core: CoreDep, identity: IdentityDep, job_id: str) -> ControlAnswer:
+    return control.stop(core, identity, job_id)
 
 
-@router.post("/{job_id}/cancel", operation_id="cancel_job", status_code=202, responses=UNKNOWN)
-def cancel_job(core: CoreDep, job_id: str, response: Response) -> ControlAnswer:
+@router.post(
+    "/{job_id}/cancel",
+    operation_id="cancel_job",
+    dependencies=[needs("job.cancel.*"), audits("job.cancel"), limited(END)],
+    status_code=202,
+    responses=UNKNOWN,
+)
+def cancel_job(core: CoreDep, identity: IdentityDep, job_id: str, response: Response) -> ControlAnswer:
     """200 when it had ended already."""
-    answer, changed = control.cancel(core, job_id)
+    answer, changed = control.cancel(core, identity, job_id)
     response.status_code = 202 if changed else 200
     return answer
 
@@ -161,39 +176,62 @@ def cancel_job(core: CoreDep, job_id: str, response: Response) -> ControlAnswer:
 PAUSE_ERRORS = error_responses("unknown_job", "job_not_running")
 
 
-@router.post("/{job_id}/pause", operation_id="pause_job", status_code=202, responses=PAUSE_ERRORS)
-def pause_job(core: CoreDep, job_id: str) -> ControlAnswer:
+@router.post(
+    "/{job_id}/pause",
+    operation_id="pause_job",
+    dependencies=[needs("job.cancel.*"), audits("job.pause")],
+    status_code=202,
+    responses=PAUSE_ERRORS,
+)
+def pause_job(core: CoreDep, identity: IdentityDep, job_id: str) -> ControlAnswer:
     """Save after the current step, give the devices back, wait in the queue until resumed."""
-    return control.pause(core, job_id)
+    return control.pause(core, identity, job_id)
 
 
-@router.post("/{job_id}/resume", operation_id="resume_job", status_code=202, responses=PAUSE_ERRORS)
-def resume_job(core: CoreDep, job_id: str) -> ControlAnswer:
+@router.post(
+    "/{job_id}/resume",
+    operation_id="resume_job",
+    dependencies=[needs("job.cancel.*"), audits("job.resume")],
+    status_code=202,
+    responses=PAUSE_ERRORS,
+)
+def resume_job(core: CoreDep, identity: IdentityDep, job_id: str) -> ControlAnswer:
     """Let a paused job go on from where it was."""
-    return control.resume(core, job_id)
+    return control.resume(core, identity, job_id)
 
 
 STEP_ERRORS = error_responses("no_active_job", "unknown_job", "job_not_stepping")
 
 
-@router.post("/{job_id}/validation", operation_id="validate_job", responses=STEP_ERRORS)
-def validate_job(core: CoreDep, job_id: str) -> RequestAnswer:
-    return control.request_step(core, job_id, "validate")
+@router.post(
+    "/{job_id}/validation",
+    operation_id="validate_job",
+    dependencies=[needs("job.cancel.*"), audits("job.validate")],
+    responses=STEP_ERRORS,
+)
+def validate_job(core: CoreDep, identity: IdentityDep, job_id: str) -> RequestAnswer:
+    return control.request_step(core, identity, job_id, "validate")
 
 
-@router.post("/{job_id}/checkpoint", operation_id="checkpoint_job", responses=STEP_ERRORS)
-def checkpoint_job(core: CoreDep, job_id: str) -> RequestAnswer:
-    return control.request_step(core, job_id, "checkpoint")
+@router.post(
+    "/{job_id}/checkpoint",
+    operation_id="checkpoint_job",
+    dependencies=[needs("job.cancel.*"), audits("job.checkpoint")],
+    responses=STEP_ERRORS,
+)
+def checkpoint_job(core: CoreDep, identity: IdentityDep, job_id: str) -> RequestAnswer:
+    return control.request_step(core, identity, job_id, "checkpoint")
 
 
 @router.delete(
     "/{job_id}",
     operation_id="delete_job",
+    dependencies=[needs("job.delete.*"), audits("job.delete")],
     responses=error_responses("path_outside_root", "unknown_job", "job_not_terminal"),
 )
-def delete_job(core: CoreDep, job_id: str, purge_output: bool = False) -> Success:
+def delete_job(core: CoreDep, identity: IdentityDep, job_id: str, purge_output: bool = False) -> Success:
     """Row, folder and log go; its events stay readable. `purge_output` also removes its output folder."""
-    job = core.job(job_id)
+    job = find_job(core, identity, job_id, "job.delete")
     if not job.status.is_terminal:
         raise UserError("job_not_terminal", f"Job {job_id} is {job.status}.", hint="Cancel it first.")
     output = _purgeable_output(core, job.output_dir) if purge_output else None

@@ -12,9 +12,12 @@ from fastapi import APIRouter, Query, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from pydantic import BaseModel
 
-from simpletuner.server.core import Core, CoreDep
+from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.errors import error_responses
+from simpletuner.server.rights import needs
+from simpletuner.server.sight import find_job
 from simpletuner.server.streams import HEARTBEAT_S, SSE_HEADERS
+from simpletuner.store.job_row import JobRow
 
 router = APIRouter(tags=["jobs", "training"])
 
@@ -29,44 +32,53 @@ class LogPage(BaseModel):
     eof: bool
 
 
-@router.get("/{job_id}/logs", operation_id="get_job_logs", responses=error_responses("unknown_job"))
+@router.get(
+    "/{job_id}/logs",
+    operation_id="get_job_logs",
+    dependencies=[needs("job.view.*")],
+    responses=error_responses("unknown_job"),
+)
 def get_job_logs(
     core: CoreDep,
+    identity: IdentityDep,
     job_id: str,
     offset: Annotated[int | None, Query(ge=0, le=2**63 - 1, description="Byte to begin at.")] = None,
     tail: Annotated[int | None, Query(ge=1, le=10_000, description="Only the last lines.")] = None,
     format: Literal["json", "text"] = "json",
 ) -> Response:
     """At most 1 MiB an answer; go on at `next_offset`."""
-    page = read_log(core, job_id, offset, tail)
+    page = read_log(core, find_job(core, identity, job_id), offset, tail)
     if format == "text":
         return PlainTextResponse(page.logs, headers={"X-Next-Offset": str(page.next_offset)})
     return Response(page.model_dump_json(), media_type="application/json")
 
 
-def read_log(core: Core, job_id: str, offset: int | None, tail: int | None) -> LogPage:
-    is_over = core.job(job_id).status.is_terminal
-    path = core.placement.job_dir(job_id).log_path
+def read_log(core: Core, job: JobRow, offset: int | None, tail: int | None) -> LogPage:
+    is_over = job.status.is_terminal
+    path = core.placement.job_dir(job.job_id).log_path
     size = path.stat().st_size if path.exists() else 0
     start = max(0, size - PAGE_BYTES) if tail is not None and offset is None else min(offset or 0, size)
     content = _read(path, start)
     if tail is not None:
         content = b"".join(content.splitlines(keepends=True)[-tail:])
     end = size if tail is not None and offset is None else start + len(content)
-    return LogPage(job_id=job_id, logs=content.decode(errors="replace"), next_offset=end, eof=is_over and end >= size)
+    return LogPage(
+        job_id=job.job_id, logs=content.decode(errors="replace"), next_offset=end, eof=is_over and end >= size
+    )
 
 
 @router.get(
     "/{job_id}/logs/stream",
     operation_id="stream_job_logs",
+    dependencies=[needs("job.view.*")],
     response_class=StreamingResponse,
     responses={200: {"content": {"text/event-stream": {}}}, **error_responses("unknown_job")},
 )
 def stream_job_logs(
-    core: CoreDep, job_id: str, offset: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0
+    core: CoreDep, identity: IdentityDep, job_id: str, offset: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0
 ) -> StreamingResponse:
     """`line` for each line, `done` at the job's end. The id of a line is the offset after it."""
-    core.job(job_id)
+    find_job(core, identity, job_id)
     return StreamingResponse(_follow_log(core, job_id, offset), media_type="text/event-stream", headers=SSE_HEADERS)
 
 

@@ -9,9 +9,11 @@ from pydantic import BaseModel, ConfigDict
 
 from simpletuner.config.lycoris import FILE, check_lycoris_config
 from simpletuner.errors import UserError
+from simpletuner.server.audit_trail import audits
 from simpletuner.server.core import CoreDep
 from simpletuner.server.errors import ErrorItem, error_responses
 from simpletuner.server.plain_json import PlainObject
+from simpletuner.server.rights import needs
 from simpletuner.server.routes.configs import EDIT_ERRORS, IfMatch
 from simpletuner.server.routes.training import show_problems
 
@@ -30,7 +32,12 @@ class PutLycoris(BaseModel):
     config: PlainObject
 
 
-@router.get("/{name}/lycoris", operation_id="get_lycoris", responses=error_responses("unknown_config", "not_found"))
+@router.get(
+    "/{name}/lycoris",
+    operation_id="get_lycoris",
+    dependencies=[needs("config.view")],
+    responses=error_responses("unknown_config", "not_found"),
+)
 def get_lycoris(core: CoreDep, name: str, response: Response) -> LycorisView:
     """As it is on disk, with warnings about its text."""
     name = core.environments.folder(name).name
@@ -39,7 +46,12 @@ def get_lycoris(core: CoreDep, name: str, response: Response) -> LycorisView:
     return LycorisView(content=content, path=f"{name}/{FILE}", warnings=show_problems(problems))
 
 
-@router.put("/{name}/lycoris", operation_id="put_lycoris", responses=EDIT_ERRORS)
+@router.put(
+    "/{name}/lycoris",
+    operation_id="put_lycoris",
+    dependencies=[needs("config.edit.*"), audits("config.edit")],
+    responses=EDIT_ERRORS,
+)
 def put_lycoris(
     core: CoreDep, name: str, body: PutLycoris, response: Response, if_match: IfMatch = None
 ) -> LycorisView:

@@ -15,7 +15,9 @@ from pydantic import BaseModel
 import simpletuner
 from simpletuner.events import utc_now
 from simpletuner.job import ACTIVE, JobStatus
+from simpletuner.server.audit_trail import audits
 from simpletuner.server.core import Core, CoreDep
+from simpletuner.server.rights import needs
 
 router = APIRouter(prefix="/api/system", tags=["system", "training"])
 
@@ -70,7 +72,9 @@ class ShuttingDown(BaseModel):
     message: str
 
 
-@router.get("/status", operation_id="system_status", response_model_exclude_unset=True)
+@router.get(
+    "/status", operation_id="system_status", dependencies=[needs("system.view")], response_model_exclude_unset=True
+)
 def system_status(core: CoreDep, include_allocation: bool = False) -> SystemStatus:
     devices = core.placement.devices
     accelerators = [device for device in devices if device.kind != "cpu"]
@@ -113,7 +117,12 @@ def read_allocation(core: Core) -> Allocation:
     )
 
 
-@router.post("/shutdown", operation_id="shutdown", status_code=202)
+@router.post(
+    "/shutdown",
+    operation_id="shutdown",
+    dependencies=[needs("admin.system"), audits("system.shutdown")],
+    status_code=202,
+)
 def shutdown(core: CoreDep, request: Request, jobs: Literal["keep", "stop", "cancel"] = "keep") -> ShuttingDown:
     """Jobs go on without a server unless told otherwise; queued ones wait for the next."""
     mode = {"stop": "stop", "cancel": "cancel"}.get(jobs)

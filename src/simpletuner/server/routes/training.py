@@ -10,9 +10,11 @@ from pydantic import BaseModel
 
 from simpletuner.errors import Problem, UserError
 from simpletuner.server.asking import ask, known_options, typed_values
+from simpletuner.server.audit_trail import audits
 from simpletuner.server.config_view import mask, secret_names
 from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.errors import ErrorItem, error_responses, request_id_of
+from simpletuner.server.hooks import require_hooks
 from simpletuner.server.idempotency import REPLAYED_HEADER, IdempotencyKey, build_claim, find_answer
 from simpletuner.server.launch import Launched, LaunchOptions, launch
 from simpletuner.server.negotiation import (
@@ -22,6 +24,8 @@ from simpletuner.server.negotiation import (
     wants_html_strictly,
 )
 from simpletuner.server.option_body import OptionBodyDep, option_body_schema
+from simpletuner.server.rate_limit import START
+from simpletuner.server.rights import limited, needs
 
 router = APIRouter(prefix="/api/training", tags=["training", "configurations"])
 
@@ -72,6 +76,7 @@ def show_problems(problems: list[Problem]) -> list[ErrorItem]:
 @router.post(
     "/validate",
     operation_id="validate_config",
+    dependencies=[needs("config.view")],
     response_model=ValidateAnswer,
     responses={200: {"content": {"text/html": {}}}, **error_responses("unknown_config", "unsupported_media_type")},
     openapi_extra=option_body_schema(EXAMPLE),
@@ -103,6 +108,7 @@ def validate_config(
 @router.post(
     "/start",
     operation_id="start_training",
+    dependencies=[needs("job.submit"), audits("job.start"), limited(START)],
     status_code=202,
     response_model=StartAnswer,
     responses=error_responses("unknown_config", "gpus_unavailable", "in_flight", "unsupported_media_type"),
@@ -128,6 +134,7 @@ def start_training(
         return _start_response(stored, html=html, replayed=True)
     asked = ask(core, body, environment, for_start=True)
     asked.resolution.require()
+    require_hooks(identity, asked.resolution.values)
     options = LaunchOptions(no_wait=no_wait, any_gpu=any_gpu, priority=priority, user_id=identity.user_id, claim=claim)
     launched = launch(core, asked, options)
     answer = _start_answer(core, launched, asked.resolution.warnings).model_dump()
@@ -165,10 +172,13 @@ def _start_response(answer: dict[str, Any], *, html: bool, replayed: bool) -> Re
 @router.post(
     "/config",
     operation_id="update_active_config",
+    dependencies=[needs("config.edit.*"), audits("config.edit")],
     responses=error_responses("no_active_environment", "unknown_config", "unsupported_media_type"),
     openapi_extra=option_body_schema({"--learning_rate": 0.0001}, required=True),
 )
-def update_active_config(core: CoreDep, body: OptionBodyDep, environment: Environment = None) -> ConfigAnswer:
+def update_active_config(
+    core: CoreDep, identity: IdentityDep, body: OptionBodyDep, environment: Environment = None
+) -> ConfigAnswer:
     """Merge options into the active environment; nothing starts."""
     name = environment or core.active_environment()
     if name is None:
@@ -180,6 +190,7 @@ def update_active_config(core: CoreDep, body: OptionBodyDep, environment: Enviro
         raise UserError("body_required", "This request needs options.", hint="For example --learning_rate.")
     changes = {f"--{option}": value for option, value in typed_values(layer, known).items()}
     merged = {option: value for option, value in (stored | changes).items() if value is not None}
+    require_hooks(identity, merged)
     etag = core.environments.write(name, merged)
     core.announce_config(name, "changed")
     warnings = [problem for problem in layer.problems if problem.level == "warning"]

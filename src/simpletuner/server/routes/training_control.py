@@ -12,14 +12,19 @@ from pydantic import BaseModel
 from simpletuner.errors import UserError
 from simpletuner.job import JobStatus
 from simpletuner.server import control
+from simpletuner.server.audit_trail import audits
 from simpletuner.server.checkpoint_view import CheckpointCheck, CheckpointView, check_checkpoint, show_checkpoints
 from simpletuner.server.config_view import show_config
 from simpletuner.server.control import ControlAnswer, RequestAnswer
-from simpletuner.server.core import Core, CoreDep
+from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.errors import error_responses
+from simpletuner.server.identity import Identity
 from simpletuner.server.job_view import ProgressView, show_progress
 from simpletuner.server.negotiation import message_fragment, wants_html_strictly
 from simpletuner.server.option_body import JobIdDep, option_body_schema
+from simpletuner.server.rate_limit import END
+from simpletuner.server.rights import limited, needs
+from simpletuner.server.sight import find_job, latest_ended, seen
 from simpletuner.store.job_row import JobRow
 
 router = APIRouter(prefix="/api/training", tags=["training", "configurations"])
@@ -71,27 +76,29 @@ class CheckpointList(BaseModel):
 @router.post(
     "/stop",
     operation_id="stop_training",
+    dependencies=[needs("job.cancel.*"), audits("job.stop"), limited(END)],
     status_code=202,
     response_model=ControlAnswer,
     responses=error_responses("no_active_job", "unknown_job", "ambiguous_job", "job_not_running"),
     openapi_extra=JOB_BODY,
 )
-def stop_training(core: CoreDep, request: Request, job_id: JobIdDep) -> Response:
+def stop_training(core: CoreDep, identity: IdentityDep, request: Request, job_id: JobIdDep) -> Response:
     """Finish the step, save a checkpoint, end."""
-    return _negotiated(request, control.stop(core, job_id), 202)
+    return _negotiated(request, control.stop(core, identity, job_id), 202)
 
 
 @router.post(
     "/cancel",
     operation_id="cancel_training",
+    dependencies=[needs("job.cancel.*"), audits("job.cancel"), limited(END)],
     status_code=202,
     response_model=ControlAnswer,
     responses=ACTIVE_ERRORS,
     openapi_extra=JOB_BODY,
 )
-def cancel_training(core: CoreDep, request: Request, job_id: JobIdDep) -> Response:
+def cancel_training(core: CoreDep, identity: IdentityDep, request: Request, job_id: JobIdDep) -> Response:
     """End now, without a checkpoint. 200 when it had ended already."""
-    answer, changed = control.cancel(core, job_id)
+    answer, changed = control.cancel(core, identity, job_id)
     return _negotiated(request, answer, 202 if changed else 200)
 
 
@@ -102,24 +109,41 @@ def _negotiated(request: Request, answer: ControlAnswer, status: int) -> Respons
     return JSONResponse(answer.model_dump(), status)
 
 
-@router.post("/validation/run", operation_id="run_validation", responses=STEP_ERRORS, openapi_extra=JOB_BODY)
-def run_validation(core: CoreDep, job_id: JobIdDep) -> RequestAnswer:
+@router.post(
+    "/validation/run",
+    operation_id="run_validation",
+    dependencies=[needs("job.cancel.*"), audits("job.validate")],
+    responses=STEP_ERRORS,
+    openapi_extra=JOB_BODY,
+)
+def run_validation(core: CoreDep, identity: IdentityDep, job_id: JobIdDep) -> RequestAnswer:
     """Validate after the next gradient sync; the completion event carries the `request_id`."""
-    return control.request_step(core, job_id, "validate")
+    return control.request_step(core, identity, job_id, "validate")
 
 
-@router.post("/checkpoint/run", operation_id="run_checkpoint", responses=STEP_ERRORS, openapi_extra=JOB_BODY)
-def run_checkpoint(core: CoreDep, job_id: JobIdDep) -> RequestAnswer:
+@router.post(
+    "/checkpoint/run",
+    operation_id="run_checkpoint",
+    dependencies=[needs("job.cancel.*"), audits("job.checkpoint")],
+    responses=STEP_ERRORS,
+    openapi_extra=JOB_BODY,
+)
+def run_checkpoint(core: CoreDep, identity: IdentityDep, job_id: JobIdDep) -> RequestAnswer:
     """Save a checkpoint after the next gradient sync."""
-    return control.request_step(core, job_id, "checkpoint")
+    return control.request_step(core, identity, job_id, "checkpoint")
 
 
-@router.get("/status", operation_id="training_status", responses=error_responses("unknown_job"))
-def training_status(core: CoreDep, job_id: JobQuery = None) -> TrainingStatus:
+@router.get(
+    "/status",
+    operation_id="training_status",
+    dependencies=[needs("job.view.*")],
+    responses=error_responses("unknown_job"),
+)
+def training_status(core: CoreDep, identity: IdentityDep, job_id: JobQuery = None) -> TrainingStatus:
     """Of the latest started active job, or of `job_id`. A pure read."""
-    active = core.store.jobs.latest_active()
-    last = core.store.jobs.latest_ended()
-    job = core.job(job_id) if job_id else (active[0] if active else None)
+    active = seen(identity, core.store.jobs.latest_active())
+    last = latest_ended(core, identity)
+    job = find_job(core, identity, job_id) if job_id else (active[0] if active else None)
     queued = core.store.jobs.with_status([JobStatus.QUEUED])
     return TrainingStatus(
         status="idle" if job is None else job.status,
@@ -152,39 +176,52 @@ def _line(job: JobRow) -> JobLine:
 CHECKPOINT_ERRORS = error_responses("unknown_config", "unknown_job", "not_found")
 
 
-@router.get("/checkpoints", operation_id="get_checkpoints", responses=CHECKPOINT_ERRORS)
-@router.post("/checkpoints", operation_id="post_checkpoints", responses=CHECKPOINT_ERRORS)
+@router.get(
+    "/checkpoints", operation_id="get_checkpoints", dependencies=[needs("job.view.*")], responses=CHECKPOINT_ERRORS
+)
+@router.post(
+    "/checkpoints", operation_id="post_checkpoints", dependencies=[needs("job.view.*")], responses=CHECKPOINT_ERRORS
+)
 def get_checkpoints(
-    core: CoreDep, job_id: JobQuery = None, environment: Annotated[str | None, Query(max_length=80)] = None
+    core: CoreDep,
+    identity: IdentityDep,
+    job_id: JobQuery = None,
+    environment: Annotated[str | None, Query(max_length=80)] = None,
 ) -> CheckpointList:
     """Newest first; of `job_id`, of `environment`, of the active environment, else of the last job."""
-    output_dir, found_id = _output_dir(core, job_id, environment)
+    output_dir, found_id = _output_dir(core, identity, job_id, environment)
     checkpoints = show_checkpoints(output_dir)
     return CheckpointList(output_dir=str(output_dir), job_id=found_id, checkpoints=checkpoints, total=len(checkpoints))
 
 
-@router.get("/checkpoints/validate/{name}", operation_id="validate_checkpoint", responses=CHECKPOINT_ERRORS)
+@router.get(
+    "/checkpoints/validate/{name}",
+    operation_id="validate_checkpoint",
+    dependencies=[needs("job.view.*")],
+    responses=CHECKPOINT_ERRORS,
+)
 def validate_checkpoint(
     core: CoreDep,
+    identity: IdentityDep,
     name: str,
     job_id: JobQuery = None,
     environment: Annotated[str | None, Query(max_length=80)] = None,
 ) -> CheckpointCheck:
     """Whether every file of its manifest is there and has its hash."""
-    return check_checkpoint(_output_dir(core, job_id, environment)[0], name)
+    return check_checkpoint(_output_dir(core, identity, job_id, environment)[0], name)
 
 
-def _output_dir(core: Core, job_id: str | None, environment: str | None) -> tuple[Path, str | None]:
+def _output_dir(core: Core, identity: Identity, job_id: str | None, environment: str | None) -> tuple[Path, str | None]:
     """Only of a job or an environment: there are no free paths."""
     if job_id is not None:
-        job = core.job(job_id)
+        job = find_job(core, identity, job_id)
         return Path(job.output_dir), job.job_id
     name = environment or core.active_environment()
     if name is not None:
         output = core.environments.read(name).config.get("--output_dir")
         if isinstance(output, str):
             return Path(core.directories.absolute(output)), None
-    last = core.store.jobs.latest_active() or [job for job in [core.store.jobs.latest_ended()] if job]
+    last = seen(identity, core.store.jobs.latest_active()) or [job for job in [latest_ended(core, identity)] if job]
     if not last:
         raise UserError("not_found", "No job has run and no environment is active.", hint="Name one of them.")
     return Path(last[0].output_dir), last[0].job_id

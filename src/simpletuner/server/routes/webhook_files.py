@@ -10,9 +10,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from simpletuner.config.webhook import mask_webhooks
 from simpletuner.config.webhook_files import WebhookFiles
 from simpletuner.errors import UserError
+from simpletuner.server.audit_trail import audits
 from simpletuner.server.core import Core, CoreDep
 from simpletuner.server.errors import error_responses
 from simpletuner.server.plain_json import check_plain
+from simpletuner.server.rights import needs
 from simpletuner.server.routes.webhooks import EXAMPLE, TestAnswer, post_test
 
 router = APIRouter(prefix="/api/configs/webhooks", tags=["configurations", "webhooks"])
@@ -52,7 +54,7 @@ class Deleted(BaseModel):
     message: str
 
 
-@router.get("", operation_id="list_webhooks")
+@router.get("", operation_id="list_webhooks", dependencies=[needs("config.edit.*")])
 def list_webhooks(
     core: CoreDep,
     response: Response,
@@ -65,35 +67,54 @@ def list_webhooks(
 
 
 @router.post(
-    "", operation_id="create_webhook", status_code=201, responses=error_responses("already_exists", "invalid_config")
+    "",
+    operation_id="create_webhook",
+    dependencies=[needs("config.edit.*"), audits("webhook.create")],
+    status_code=201,
+    responses=error_responses("already_exists", "invalid_config"),
 )
 def create_webhook(core: CoreDep, body: NewWebhook) -> WebhookView:
     """An endpoint or a list of them, to be named by `--webhook_config webhooks/<name>.json`."""
     return show_webhook(core, _files(core).create(body.name, body.config))
 
 
-@router.get("/{name}", operation_id="get_webhook", responses=UNKNOWN)
+@router.get("/{name}", operation_id="get_webhook", dependencies=[needs("config.edit.*")], responses=UNKNOWN)
 def get_webhook(core: CoreDep, name: str) -> WebhookView:
     """Its secrets are masked."""
     _files(core).read(name)
     return show_webhook(core, name.removesuffix(".json"))
 
 
-@router.put("/{name}", operation_id="put_webhook", responses=error_responses("unknown_config", "invalid_config"))
+@router.put(
+    "/{name}",
+    operation_id="put_webhook",
+    dependencies=[needs("config.edit.*"), audits("webhook.edit")],
+    responses=error_responses("unknown_config", "invalid_config"),
+)
 def put_webhook(core: CoreDep, name: str, body: PutWebhook) -> WebhookView:
     """A masked secret keeps what is stored."""
     _files(core).replace(name, body.config)
     return show_webhook(core, name.removesuffix(".json"))
 
 
-@router.delete("/{name}", operation_id="delete_webhook", responses=UNKNOWN)
+@router.delete(
+    "/{name}",
+    operation_id="delete_webhook",
+    dependencies=[needs("config.edit.*"), audits("webhook.delete")],
+    responses=UNKNOWN,
+)
 def delete_webhook(core: CoreDep, name: str) -> Deleted:
     """It goes to the trash."""
     _files(core).delete(name)
     return Deleted(message=f"{name} deleted")
 
 
-@router.post("/{name}/test", operation_id="test_stored_webhook", responses=UNKNOWN)
+@router.post(
+    "/{name}/test",
+    operation_id="test_stored_webhook",
+    dependencies=[needs("config.edit.*"), audits("webhook.test")],
+    responses=UNKNOWN,
+)
 async def try_stored_webhook(core: CoreDep, name: str) -> TestAnswer:
     """Post a notification to each endpoint; the answer is that of the first failure, or of the last one."""
     config = _files(core).read(name)

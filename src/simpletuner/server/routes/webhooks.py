@@ -13,9 +13,11 @@ from simpletuner.config.webhook import WebhookEndpoint, parse_webhooks
 from simpletuner.errors import UserError
 from simpletuner.events import Event, EventType, NoticeData
 from simpletuner.jobs.webhook_post import Poster
+from simpletuner.server.audit_trail import audits
 from simpletuner.server.core import CoreDep
 from simpletuner.server.errors import error_responses
 from simpletuner.server.plain_json import PlainObject
+from simpletuner.server.rights import needs
 from simpletuner.store.webhooks import DeliveryRow, DeliveryStatus
 
 router = APIRouter(prefix="/api/webhooks", tags=["webhooks"])
@@ -48,7 +50,7 @@ class TestAnswer(BaseModel):
     error: str | None
 
 
-@router.get("/deliveries", operation_id="list_webhook_deliveries")
+@router.get("/deliveries", operation_id="list_webhook_deliveries", dependencies=[needs("webhook.manage")])
 def list_deliveries(
     core: CoreDep,
     response: Response,
@@ -64,7 +66,10 @@ def list_deliveries(
 
 
 @router.post(
-    "/deliveries/{delivery_id}/redeliver", operation_id="redeliver_webhook", responses=error_responses("not_found")
+    "/deliveries/{delivery_id}/redeliver",
+    operation_id="redeliver_webhook",
+    dependencies=[needs("webhook.manage"), audits("webhook.redeliver")],
+    responses=error_responses("not_found"),
 )
 def redeliver(core: CoreDep, delivery_id: str) -> DeliveryView:
     """Queue it again, a dead or a delivered one too; it goes before what waits for its endpoint."""
@@ -77,6 +82,7 @@ def redeliver(core: CoreDep, delivery_id: str) -> DeliveryView:
 @router.post(
     "/test",
     operation_id="test_webhook",
+    dependencies=[needs("webhook.manage"), audits("webhook.test")],
     responses=error_responses("invalid_config"),
     openapi_extra={"requestBody": {"content": {"application/json": {"example": EXAMPLE}}}},
 )
