@@ -1,0 +1,76 @@
+"""Our own tutorial, every shell block of it, by bash, curl and jq against a live server. api.md §7."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from control_world import ServerProcess
+from pages import Answer, Block, Request, read_blocks, run_blocks
+
+DOCS = Path(__file__).parents[2] / "docs"
+WITHIN_S = 540
+
+SAYS = {
+    "2. Look around": r"SimpleTuner",
+    "4. The short way: one request, no environment": r'Configuration Valid.*"valid": true.*"status": "completed"',
+    "The 900M model": r"Configuration Valid",
+    "Create": r'"environment": "pixart-demo"',
+    "Describe the data": r"red_circle\.png",
+    "Merge settings": r'"errors": \[\]',
+    "Activate, validate, start": r'"active": "pixart-demo".*Configuration Valid',
+    "Watch": r'"status": "running".*training\.status.*id: \d+.*next_index.*\bqueued\b',
+    "Be told": r'"delivered": false',
+    "Ask for a checkpoint or images now": r'"request_id".*"request_id".*intermediary\t/api/jobs/',
+    "Stop, look, resume": r'"stopping".*"status": "stopped".*"is_complete": true.*"valid": true.*"status": "resumed".*'
+    r'"status": "queued",\n  "status_reason": "Paused.*"success": true',
+    "Cancel": r'"success": true.*"cancelled"',
+    "6. An adapter for Flux Kontext": r'"algo": "lora".*"active": "kontext-demo".*adapter_comfyui\.safetensors',
+    "7. Without a server": r"Training completed at step 10",
+    "Proofs": r"Equal, byte for byte",
+    "8. When something is wrong": r"Did you mean --learning_rate\?",
+}
+"""What has to be read below a heading, in this order."""
+REFUSED = {Request(422, "POST", "/api/training/start")}
+"""By intention: the only answers that are no success."""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerProcess]:
+    running = ServerProcess(tmp_path, SIMPLETUNER_TRAINER="", OMP_NUM_THREADS="1")
+    yield running
+    running.close()
+
+
+def blocks_of(page: str, port: int) -> list[Block]:
+    """Without the block that starts the server, which is running, and what needs a machine of its own (section 9)."""
+    found = read_blocks(DOCS / page)
+    assert "simpletuner server --host 127.0.0.1 --port 8001" in found[0].commands
+    return [Block(block.heading, block.commands.replace("8001", str(port))) for block in found[1:]]
+
+
+def check(answers: list[Answer], says: dict[str, str]) -> None:
+    assert [(answer.block.heading, answer.output) for answer in answers if answer.status != 0] == []
+    requests = [request for answer in answers for request in answer.requests]
+    assert {request for request in requests if not 200 <= request.status < 300} == REFUSED
+    for heading, pattern in says.items():
+        printed = "".join(answer.output for answer in answers if answer.block.heading == heading)
+        assert re.search(pattern, printed, re.DOTALL), f"{heading}: {printed}"
+
+
+def test_both_pages_have_the_same_commands() -> None:
+    english, spanish = (read_blocks(DOCS / page) for page in ("tutorial.en.md", "tutorial.es.md"))
+    assert [block.commands for block in english] == [block.commands for block in spanish]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(WITHIN_S + 60)
+def test_the_page_runs_on_an_open_server(server: ServerProcess) -> None:
+    blocks = blocks_of("tutorial.en.md", server.port)
+    answers = run_blocks(blocks, server.workspace, WITHIN_S, SIMPLETUNER_DEVICES="cpu:1", OMP_NUM_THREADS="1")
+    check(answers, SAYS)
+    assert {block.heading for block in blocks} - SAYS.keys() <= {"3. Some pictures"}
+    produced = ("once/pipeline", "pixart-demo/checkpoint-50", "kontext/pytorch_lora_weights.safetensors")
+    assert [path for path in produced if not (server.workspace / "output" / path).exists()] == []
