@@ -27,7 +27,8 @@ SAYS = {
     "282": r'"job_id":"\w{12}","status":"running"',
     "303": r'"startup_progress".*"next_index".*lifecycle\.stage.*training\.status.*event: hello',
     "338": r'"request_id".*"request_id"',
-    "+ the end of the first run": r'true.*"name": "adhoc-\w+",\n  "prompt": "test shot of <token>".*no_active_job.*no_active_job',
+    "+ the end of the first run": r'true.*"name": "adhoc-\w+",\n  "prompt": "test shot of <token>".*no_active_job'
+    r".*no_active_job",
     "309": r'"status": "running"',
     "458": r"pixart-api-demo/multidatabackend\.json.*already_exists.*body_required",
     "515": r'"errors":\[\].*\[\["pixart","api"\],3\.8,true,(\d+),\1\]',
