@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from in_process import InProcess
 from PIL import Image
+
+from simpletuner.config.dataset_options import MODELS, dataset_kind
 
 UPLOAD = "/api/datasets/upload"
 
@@ -175,3 +179,133 @@ def test_a_request_that_is_refused_leaves_nothing(server: InProcess, folder: str
 
 def _form(folder: str) -> bytes:
     return f'--x\r\nContent-Disposition: form-data; name="target_path"\r\n\r\n{folder}\r\n--x--\r\n'.encode()
+
+
+def test_a_server_finds_what_a_dead_one_left(server: InProcess, folder: str) -> None:
+    staging, target = server.datasets / ".uploads", server.datasets / folder
+    staging.mkdir(exist_ok=True)
+    for name in ("stage-decided", "stage-undecided", "stage-cut"):
+        (staging / name).mkdir()
+        (staging / name / "0").write_bytes(b"caption")
+    moves = [["0", 7, str(target / "sub" / "a.txt")], ["1", 7, str(target / "moved-before.txt")]]
+    (staging / "stage-decided" / "moves.jsonl").write_text("\n".join(json.dumps(move) for move in moves))
+    (staging / "stage-cut" / "moves.jsonl").write_text(json.dumps(["0", 8, str(target / "short.txt")]))
+    with server.core.reception.stage() as held:
+        server.core.reception.recover()
+        assert [path.name for path in staging.iterdir()] == [held.folder.name]
+    assert [path.relative_to(target).as_posix() for path in target.rglob("*.txt")] == ["sub/a.txt"]
+
+
+def test_a_folder_is_browsed_and_guessed(server: InProcess, folder: str) -> None:
+    files = {
+        "a.png": picture(size=(640, 640)),
+        "a.txt": b"red",
+        "b.png": picture("blue"),
+        "sub/c.png": picture("green"),
+    }
+    assert upload(server, folder, *files.items()).status_code == 200
+    (server.datasets / folder / ".hidden").mkdir()
+    (server.datasets / folder / "notes.md").write_text("x")
+    page = server.ask("GET", "/api/datasets/browse", params={"path": folder, "limit": 3})
+    body = page.json()
+    assert (page.headers["X-Total-Count"], body["total"], body["absolute_path"], body["parent"]) == ("5", 5, folder, "")
+    assert [(row["name"], row["kind"]) for row in body["entries"]] == [
+        ("sub", "folder"),
+        ("a.png", "image"),
+        ("a.txt", "text"),
+    ]
+    assert body["entries"][2]["bytes"] == 3
+    rest = server.ask("GET", "/api/datasets/browse", params={"path": body["path"], "offset": 3}).json()
+    assert [(row["name"], row["kind"]) for row in rest["entries"]] == [("b.png", "image"), ("notes.md", "other")]
+    guess = server.ask("GET", "/api/datasets/detect", params={"path": body["path"]}).json()
+    assert guess["counts"] == {"image": 3, "other": 1, "text": 1}
+    assert guess["captioned"] == 1
+    assert guess["sizes"] == {"48x32": 2, "640x640": 1}
+
+
+def test_pairs_are_recognised_and_the_guess_is_valid(server: InProcess, folder: str) -> None:
+    pairs = [
+        (f"{part}/{name}.png", picture(colour))
+        for part, colour in (("target", "red"), ("source", "blue"))
+        for name in "ab"
+    ]
+    body = upload(server, folder, *pairs, ("target/a.txt", b"red"), ("target/b.txt", b"red")).json()
+    assert body["suggested_dataset"]["instance_data_dir"] == f"{folder}/target"
+    mates = body["suggested_conditioning"]
+    assert body["suggested_dataset"]["conditioning_data"] == [mates[0]["id"]]
+    assert mates[0]["instance_data_dir"] == f"{folder}/source"
+    for entry in (body["suggested_dataset"], *mates):
+        MODELS[dataset_kind(entry)].model_validate(entry)
+
+
+def test_a_thumbnail_is_small_and_upright(server: InProcess, folder: str) -> None:
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (400, 200), "red").save(file, "JPEG", exif=exif)
+    upload(server, folder, ("a.jpg", file.getvalue()), ("a.txt", b"red"))
+    answer = server.ask("GET", "/api/datasets/thumbnail", params={"path": f"{folder}/a.jpg", "size": 64})
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/jpeg")
+    assert Image.open(io.BytesIO(answer.content)).size == (32, 64)
+    text = server.ask("GET", "/api/datasets/thumbnail", params={"path": f"{folder}/a.txt"})
+    assert (text.status_code, text.json()["code"]) == (400, "bad_path")
+
+
+def test_captions_are_read_and_written(server: InProcess, folder: str) -> None:
+    upload(server, folder, ("a.png", picture()), ("a.txt", b"red"), ("sub/b.png", picture("blue")))
+    name = folder.rpartition("/")[2]
+    first = server.ask("GET", "/api/datasets/captions", params={"path": folder})
+    assert first.json()["captions"] == {f"{name}/a.png": "red", f"{name}/sub/b.png": None}
+    changes = {f"{name}/a.png": "red", f"{name}/sub/b.png": "ein größeres blaues Bild"}
+    assert server.ask("PUT", "/api/datasets/captions", json=changes).json() == {"changed": 1}
+    assert server.ask("GET", "/api/datasets/captions", params={"path": name}).json()["captions"] == changes
+    one = server.ask("GET", "/api/datasets/captions", params={"path": f"{name}/a.png"}).json()
+    assert one["captions"] == {f"{name}/a.png": "red"}
+    before = server.files()
+    wrong = [
+        ({f"{name}/a.png": "x", f"{name}/none.png": "x"}, 404, "not_found"),
+        ({f"{name}/a.png": "x", f"{name}/a.txt": "x"}, 400, "bad_path"),
+        ({f"{name}/a.png": "x", "../a.png": "x"}, 400, "bad_path"),
+        ({f"{name}/a.png": "x", "/etc/passwd": "x"}, 403, "path_outside_root"),
+        ({f"{name}/a.png": "x" * 70_000}, 422, "invalid_field"),
+        ({f"{name}/a.png": 1}, 422, "invalid_field"),
+        ({}, 422, "invalid_field"),
+    ]
+    for changes, status, code in wrong:
+        answer = server.ask("PUT", "/api/datasets/captions", json=changes)
+        assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
+    assert server.files() == before
+
+
+def test_deleted_files_go_to_the_trash(server: InProcess, folder: str, tmp_path: Any) -> None:
+    content = picture()
+    upload(server, folder, ("a.png", content), ("b.png", content), ("sub/c.png", content))
+    (server.datasets / folder / "out").symlink_to(tmp_path)
+    refused = server.ask("DELETE", "/api/datasets/files", params={"path": [f"{folder}/a.png", f"{folder}/none.png"]})
+    assert (refused.status_code, refused.json()["code"]) == (404, "not_found")
+    names = [f"{folder}/{name}" for name in ("a.png", "sub", "sub/c.png", "out")]
+    answer = server.ask("DELETE", "/api/datasets/files", params={"path": names})
+    trash = Path(answer.json()["trash_path"]) / Path(folder).name
+    assert (trash / "a.png").read_bytes() == (trash / "sub" / "c.png").read_bytes() == content
+    assert tmp_path.is_dir()
+    assert [path.name for path in (server.datasets / folder).iterdir()] == ["b.png"]
+    for path, status in ((str(server.datasets), 403), ("", 400), (".", 400), (".trash", 400), ("/etc/passwd", 403)):
+        assert server.ask("DELETE", "/api/datasets/files", params={"path": path}).status_code == status, path
+    assert server.ask("DELETE", "/api/datasets/files").status_code == 422
+
+
+def test_no_route_shows_what_is_outside(server: InProcess, folder: str) -> None:
+    (server.datasets / folder / "passwd").symlink_to("/etc/passwd")
+    (server.datasets / folder / "etc").symlink_to("/etc")
+    for route in ("browse", "detect", "thumbnail", "captions"):
+        for path, status in (
+            ("/etc/passwd", 403),
+            ("/etc", 403),
+            (f"{folder}/passwd", 403),
+            (f"{folder}/etc/passwd", 403),
+            ("..", 400),
+            ("nowhere", 404),
+            (".trash/x", 400),
+        ):
+            answer = server.ask("GET", f"/api/datasets/{route}", params={"path": path})
+            assert answer.status_code == status, (route, path, answer.text)

@@ -25,7 +25,7 @@ RECORD_BYTES = 46
 UTF8_FLAG = 0x800
 ENCRYPTED_FLAGS = 0x1 | 0x40
 METHODS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
-DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, struct.error, NotImplementedError, RuntimeError, ValueError)
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, struct.error, RuntimeError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,16 @@ class Places:
             raise UserError("bad_path", f"{written} is a folder, not a file.", pointer=pointer)
         return found
 
+    def entry(self, written: str, *, pointer: str = "/path") -> Path:
+        """A file, folder or link itself, not where a link leads; never the root. Raises as `locate`."""
+        above, _, name = written.rstrip("/").rpartition("/")
+        if reason := fault_of_part(name):
+            raise UserError("bad_path", f"{shown_text(written)} is no usable path: {reason}.", pointer=pointer)
+        found = self.folder(above, pointer=pointer) / name
+        if not os.path.lexists(found):
+            raise UserError("not_found", f"There is no {written} in {self.root}.", pointer=pointer)
+        return found
+
     def shown(self, path: Path) -> str:
         """Relative to the root, with `/`; the root itself is the empty text."""
         return "" if path == self.root else path.relative_to(self.root).as_posix()

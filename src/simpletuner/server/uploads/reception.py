@@ -23,6 +23,7 @@ from simpletuner.server.uploads.stage import (
 )
 
 ARCHIVE = "archive"
+MOST_DRAWING = 2
 
 
 class Reception:
@@ -36,6 +37,8 @@ class Reception:
         self.sessions = Sessions(records, self.places)
         self.most_bytes = most_bytes
         self.limits = limits or ArchiveLimits()
+        self.drawing = threading.BoundedSemaphore(MOST_DRAWING)
+        """Held while a thumbnail is made: a large picture takes half a gigabyte of memory."""
         self._committing = threading.Lock()
 
     def recover(self) -> None:

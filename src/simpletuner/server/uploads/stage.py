@@ -10,6 +10,7 @@ import errno
 import fcntl
 import filecmp
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -25,6 +26,8 @@ from simpletuner.errors import UserError
 from simpletuner.job import fsync_folder, write_atomic
 from simpletuner.server.uploads.media_types import Refusal, is_junk, refuse_by_content, refuse_by_name
 from simpletuner.server.uploads.places import Places, fault_of_path, shown_text
+
+log = logging.getLogger(__name__)
 
 OnConflict = Literal["error", "skip", "overwrite"]
 Status = Literal["stored", "skipped", "error"]
@@ -176,16 +179,24 @@ def open_stage(places: Places, committing: threading.Lock) -> Generator[Stage]:
 
 
 def recover_stages(places: Places) -> None:
-    """At a server's start: carry out what a dead one had decided to rename, remove the rest of its uploads."""
+    """At a server's start: carry out what a dead one had decided to rename, remove the rest of its uploads.
+
+    Where the storage fails the upload stays staged, for the next start.
+    """
     for folder in places.staging.glob(PREFIX + "*"):
         handle = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(handle)
             continue  # another server of the same datasets is at it
-        else:
-            _carry_out(_read_moves(folder))
+        try:
+            for move in _read_moves(folder):
+                _make_folders(move.to.parent)
+                _rename(move.staged.path, move.to)
             shutil.rmtree(folder, ignore_errors=True)
+        except OSError as error:
+            log.warning("An upload that an earlier server had received stays in %s: %s", folder, error)
         finally:
             os.close(handle)
 
