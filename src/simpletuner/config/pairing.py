@@ -52,9 +52,9 @@ def name_files(paths: Sequence[str]) -> str:
 
 def list_pictures(root: Path) -> list[str]:
     """Paths of the pictures under a folder, by extension alone; hidden ones are skipped, links followed."""
-    from PIL import Image  # takes 50 ms, and most configurations have no pairs
+    from simpletuner.config.picture_files import picture_extensions  # Pillow takes 50 ms, and most have no pairs
 
-    extensions = frozenset(Image.registered_extensions())
+    extensions = picture_extensions()
     found: list[str] = []
     seen: set[str] = set()
     for folder, below, names in os.walk(root, followlinks=True):

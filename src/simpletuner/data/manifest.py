@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simpletuner.config.dataset_options import ConditioningDataset, PictureDataset
+from simpletuner.config.picture_files import picture_extensions
 from simpletuner.data.captions import CaptionDefect, Captions, Variants, sample_name
 from simpletuner.data.geometry import Bucket, DropReason, ResizePlan, ResizeRule, Size
 from simpletuner.data.keys import word
 from simpletuner.data.media import UnreadablePicture
 from simpletuner.data.plan import Members, PlannedSet
 from simpletuner.data.scan import Scan
-from simpletuner.data.storage import DataBackend, FileStat, LocalBackend, picture_extensions, split_extension, stem_of
+from simpletuner.data.storage import DataBackend, FileStat, LocalBackend, split_extension, stem_of
 from simpletuner.data.table import CaptionTable, read_table
 
 Tokenizer = Callable[[Sequence[str]], Sequence[tuple[int, bool]]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from io import BytesIO
 from typing import IO
 
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
+from simpletuner.config.picture_files import DAMAGED
 from simpletuner.data.geometry import ResizePlan, Size
 
 DECODING = "pixels-1"
@@ -17,12 +17,6 @@ DECODING = "pixels-1"
 
 Pixels = NDArray[np.uint8]
 """HWC, RGB."""
-
-# What Pillow's format plugins raise for damaged files; a file may be damaged in any way.
-_DAMAGED = (
-    OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, KeyError, TypeError, ArithmeticError,
-    Image.DecompressionBombError,
-)  # fmt: skip
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -46,7 +40,7 @@ def read_size(file: IO[bytes]) -> Size:
         with Image.open(file) as image:
             width, height = image.size
             turned = _orientation(image) >= 5
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise UnreadablePicture(_reason(error)) from error
     if width < 1 or height < 1:
         raise UnreadablePicture(f"its size is {width}x{height}")
@@ -63,7 +57,7 @@ def decode_picture(content: bytes, plan: ResizePlan) -> Pixels:
             orientation = _orientation(image)
             image.load()
             picture = _rgb(image)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise UnreadablePicture(_reason(error)) from error
     if orientation in _UPRIGHT:
         picture = picture.transpose(_UPRIGHT[orientation])

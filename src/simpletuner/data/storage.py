@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
-from PIL import Image
-
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.job import write_atomic
 
@@ -109,12 +107,6 @@ def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Itera
                 yield FileStat(prefix + entry.name, 0, 0)
                 continue
             yield FileStat(prefix + entry.name, file.st_size, file.st_mtime_ns)
-
-
-def picture_extensions() -> frozenset[str]:
-    """Lower-case extensions, with the dot, of all formats that Pillow can open."""
-    extensions = Image.registered_extensions()
-    return frozenset(extension for extension, format in extensions.items() if format in Image.OPEN)
 
 
 def stem_of(path: str) -> str:

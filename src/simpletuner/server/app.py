@@ -21,6 +21,7 @@ from simpletuner.server.routes import (
     audit,
     auth,
     configs,
+    datasets,
     environments,
     events,
     health,
@@ -32,6 +33,7 @@ from simpletuner.server.routes import (
     system,
     training,
     training_control,
+    uploads,
     users,
     webhook_files,
     webhooks,
@@ -106,6 +108,8 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(system.router)
     app.include_router(training.router)
     app.include_router(training_control.router)
+    app.include_router(uploads.router)
+    app.include_router(datasets.router)
     app.include_router(webhooks.router)
     # Before `/{name}`: these are words that no environment can be called.
     app.include_router(webhook_files.router)

@@ -25,6 +25,8 @@ SECURITY_HEADERS = {
 }
 JSON_BYTES = 2 * 2**20
 FORM_BYTES = 4 * 2**20
+UPLOADS = frozenset({"/api/datasets/upload", "/api/datasets/upload/zip"})
+UPLOAD_PARTS = "/api/datasets/upload/sessions/"
 
 
 class Boundary:
@@ -62,13 +64,16 @@ class Boundary:
 
 
 class BodyLimit:
-    """Counts what is actually received: a length that was not told, or told wrongly, changes nothing."""
+    """Counts what is actually received: a length that was not told, or told wrongly, changes nothing.
+
+    Uploads count for themselves, under a limit of their own.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or _is_upload(scope):
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
@@ -96,6 +101,11 @@ class BodyLimit:
 def _request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
     return given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+
+
+def _is_upload(scope: Scope) -> bool:
+    path = scope["path"]
+    return path in UPLOADS or (path.startswith(UPLOAD_PARTS) and scope["method"] == "PUT")
 
 
 def _without_slash(path: str) -> str:

@@ -29,6 +29,7 @@ from simpletuner.server.identity import Identity
 from simpletuner.server.rate_limit import RateLimiter
 from simpletuner.server.settings import ServerSettings
 from simpletuner.server.stages import StageBoard
+from simpletuner.server.uploads.reception import Reception
 from simpletuner.store.job_row import JobRow
 from simpletuner.store.settings import ACTIVE_ENVIRONMENT
 from simpletuner.store.store import Store
@@ -50,6 +51,7 @@ class Core:
     foreground: ForegroundOutbox
     couriers: tuple[Courier, ...]
     accounts: Accounts
+    reception: Reception
     limiter: RateLimiter = field(default_factory=RateLimiter)
     started_at: float = field(default_factory=time.monotonic)
 
@@ -74,6 +76,8 @@ class Core:
         rules = TargetRules(allow_private=settings.webhook_allow_private, own_port=settings.port)
         poster = Poster(rules)
         foreground = ForegroundOutbox.open(settings.foreground_root)
+        reception = Reception(settings.datasets_dir, settings.uploads_root, most_bytes=settings.max_upload_bytes)
+        reception.recover()
         couriers = (Courier(store.webhooks, poster, settings.jobs_root), foreground.abandoned_courier(poster))
         return cls(
             settings=settings,
@@ -88,6 +92,7 @@ class Core:
             foreground=foreground,
             couriers=couriers,
             accounts=Accounts(store, settings.state_dir),
+            reception=reception,
         )
 
     def job(self, job_id: str) -> JobRow:

@@ -14,6 +14,7 @@ DEFAULT_HOST = "0.0.0.0"
 DEFAULT_PORT = 8001
 DEFAULT_STOP_GRACE_S = 600.0
 DEFAULT_AUDIT_DAYS = 90
+DEFAULT_UPLOAD_BYTES = 10 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,8 @@ class ServerSettings:
     audit_kept_days: int = DEFAULT_AUDIT_DAYS
     stop_grace_s: float = DEFAULT_STOP_GRACE_S
     webhook_allow_private: bool = True
+    max_upload_bytes: int = DEFAULT_UPLOAD_BYTES
+    """Of one request, and of one upload in parts."""
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
 
@@ -69,6 +72,7 @@ class ServerSettings:
             audit_kept_days=source.number("audit_retention_days", DEFAULT_AUDIT_DAYS),
             stop_grace_s=float(source.number("stop_grace_s", int(DEFAULT_STOP_GRACE_S))),
             webhook_allow_private=source.switch("webhook_allow_private", default=True),
+            max_upload_bytes=source.number("max_upload_bytes", DEFAULT_UPLOAD_BYTES),
             ssl_certfile=cwd / certfile if certfile else None,
             ssl_keyfile=cwd / keyfile if keyfile else None,
         )
@@ -81,6 +85,11 @@ class ServerSettings:
     def foreground_root(self) -> Path:
         """Jobs of `simpletuner train`."""
         return self.state_dir / "foreground"
+
+    @property
+    def uploads_root(self) -> Path:
+        """Records of uploads in parts."""
+        return self.state_dir / "uploads"
 
     @property
     def url(self) -> str:
