@@ -143,9 +143,10 @@ class Environments:
 
     def read_metadata(self, name: str) -> dict[str, Any]:
         try:
-            return json.loads((self.folder(name) / ".metadata.json").read_text())
+            notes: object = json.loads((self.folder(name) / ".metadata.json").read_text())
         except (FileNotFoundError, ValueError):
             return {}
+        return cast(dict[str, Any], notes) if isinstance(notes, dict) else {}
 
     def write_metadata(self, name: str, changes: Mapping[str, Any]) -> None:
         merged = self.read_metadata(name) | dict(changes)
@@ -209,12 +210,14 @@ class Environments:
         self._follow(folder.name, new_name)
         return self.root / new_name
 
-    def copy(self, name: str, target: str) -> Path:
+    def copy(self, name: str, target: str, *, owner: str) -> Path:
+        """It belongs to `owner`."""
         folder, target = self.folder(name), self.check_new_name(target)
         beside = self.root / f".{target}.{time.monotonic_ns()}.tmp"
         shutil.copytree(folder, beside, ignore=shutil.ignore_patterns(".backups"))
+        notes = self.read_metadata(name) | {"created_at": utc_now(), "modified_at": utc_now(), "owner": owner}
+        write_atomic(beside / ".metadata.json", to_json(notes))
         beside.rename(self.root / target)
-        self.write_metadata(target, {"created_at": utc_now(), "modified_at": utc_now()})
         self._follow(folder.name, target)
         return self.root / target
 

@@ -55,8 +55,8 @@ def show_environment(environments: Environments, name: str, *, relative_to: Path
         tags=notes.get("tags") or [],
         adhoc=name.startswith(ADHOC),
         has_dataloader=dataloader.exists(),
-        dataloader_path=_shown(dataloader, relative_to) if dataloader.exists() else None,
-        path=_shown(environments.folder(name), relative_to),
+        dataloader_path=shown_path(dataloader, relative_to=relative_to) if dataloader.exists() else None,
+        path=shown_path(environments.folder(name), relative_to=relative_to),
     )
     try:
         stored = environments.read(name)
@@ -120,5 +120,6 @@ def starter_datasets(name: str, *, family: str, flavour: str | None, data_root: 
     ]
 
 
-def _shown(path: Path, relative_to: Path) -> str:
+def shown_path(path: Path, *, relative_to: Path) -> str:
+    """Relative where it lies inside."""
     return str(path.relative_to(relative_to) if path.is_relative_to(relative_to) else path)

@@ -9,17 +9,25 @@ from typing import cast
 from simpletuner.config.directories import Directories
 from simpletuner.config.environments import Environments
 from simpletuner.config.resolve import freeze, resolve
-from simpletuner.errors import UserError
+from simpletuner.errors import Level, Problem, UserError
 from simpletuner.job import ACTIVE, JobStatus, new_job_id
 from simpletuner.jobs.submit import Submission, Submitted, submit
 from simpletuner.server.asking import ADHOC, Asked, ask, known_options
 from simpletuner.server.core import Core
+from simpletuner.server.identity import Identity
 from simpletuner.server.option_body import OptionBody
+from simpletuner.server.owners import may_change
 from simpletuner.server.settings import ServerSettings
 from simpletuner.store.job_row import Claim
 from simpletuner.store.settings import ACTIVE_ENVIRONMENT
 
 DEFAULT_PRIORITY = 10
+NOT_WRITTEN = Problem(
+    code="environment_not_written",
+    message="The settings were not stored in an environment: you may not change it. The job runs with them.",
+    hint="Copy the environment, activate the copy and start that.",
+    level=Level.WARNING,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +37,14 @@ class LaunchOptions:
     priority: int | None = None
     user_id: str | None = None
     claim: Claim | None = None
+    writes_environment: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launched:
     submitted: Submitted
     config_name: str
-    config_written: Path
+    config_written: Path | None
 
 
 def launch(core: Core, asked: Asked, options: LaunchOptions) -> Launched:
@@ -66,12 +75,19 @@ def launch(core: Core, asked: Asked, options: LaunchOptions) -> Launched:
         # Under the supervisor's lock: a second request with the same key must not write the file again.
         if options.claim and core.store.jobs.claimed(options.claim.user_id, options.claim.key):
             raise UserError("in_flight", "A request with this Idempotency-Key is being served.")
-        _write_environment(core, asked, name)
+        if options.writes_environment:
+            _write_environment(core, asked, name, options.user_id)
 
     submitted = submit(submission, store=core.store, supervisor=core.supervisor, before_accept=write_environment)
-    return Launched(
-        submitted=submitted, config_name=name, config_written=core.settings.config_dir / name / "config.json"
-    )
+    file = core.settings.config_dir / name / "config.json" if options.writes_environment else None
+    return Launched(submitted=submitted, config_name=name, config_written=file)
+
+
+def may_write(core: Core, identity: Identity, asked: Asked) -> bool:
+    """Whether the settings of a start may go into its environment, or into the one-off that it makes."""
+    if asked.environment is not None:
+        return may_change(core, identity, asked.environment)
+    return identity.may("config.create") and identity.may("config.activate")
 
 
 def check_environment(settings: ServerSettings, name: str) -> None:
@@ -93,9 +109,9 @@ def launch_environment(core: Core, name: str) -> Submitted | None:
     return launch(core, asked, LaunchOptions(user_id="local")).submitted
 
 
-def _write_environment(core: Core, asked: Asked, name: str) -> None:
+def _write_environment(core: Core, asked: Asked, name: str, owner: str | None) -> None:
     if asked.environment is None:
-        core.environments.create(name, asked.merged({}), {"adhoc": True}, None)
+        core.environments.create(name, asked.merged({}), {"adhoc": True, "owner": owner}, None)
         core.store.settings.set(ACTIVE_ENVIRONMENT, name)
     else:
         stored = core.environments.read(name).config

@@ -18,11 +18,12 @@ from simpletuner.server.asking import ask, known_options, typed_values
 from simpletuner.server.audit_trail import audits
 from simpletuner.server.config_view import dashed, mask, secret_names, unmask
 from simpletuner.server.core import Core, CoreDep, IdentityDep
-from simpletuner.server.environment_view import Findings, Meta, find_problems, show_environment
+from simpletuner.server.environment_view import Findings, Meta, find_problems, show_environment, shown_path
 from simpletuner.server.errors import error_responses
 from simpletuner.server.hooks import require_hooks
 from simpletuner.server.identity import Identity
 from simpletuner.server.option_body import OptionBody
+from simpletuner.server.owners import DELETE, find_changeable
 from simpletuner.server.plain_json import PlainObject
 from simpletuner.server.rights import needs
 from simpletuner.server.routes.training import ValidateAnswer, show_problems
@@ -167,7 +168,7 @@ def create_config(core: CoreDep, identity: IdentityDep, body: NewConfig, respons
     """A new environment with this configuration and nothing else."""
     name = core.environments.check_new_name(body.name or "")
     config = checked(identity, body.config)
-    core.environments.create(name, config, notes_of(body), None)
+    core.environments.create(name, config, notes_of(body) | {"owner": identity.user_id}, None)
     return edited(core, name, "created", response)
 
 
@@ -209,7 +210,7 @@ def put_config(
     core: CoreDep, identity: IdentityDep, name: str, body: PutConfig, response: Response, if_match: IfMatch = None
 ) -> Edited:
     """Replace the configuration whole. What contradicts itself is stored and reported; unknown options are refused."""
-    name = core.environments.folder(name).name
+    name = find_changeable(core, identity, name)
     stored = core.environments.read(name).config
     core.environments.write(name, checked(identity, unmask(dashed(body.config), stored)), if_match=if_match)
     if notes := notes_of(body):
@@ -227,7 +228,7 @@ def patch_config(
     core: CoreDep, identity: IdentityDep, name: str, body: PutConfig, response: Response, if_match: IfMatch = None
 ) -> Edited:
     """A merge patch: null removes an option."""
-    name = core.environments.folder(name).name
+    name = find_changeable(core, identity, name)
     stored = core.environments.read(name).config
     merged = stored | unmask(dashed(body.config), stored)
     kept = {option: value for option, value in merged.items() if value is not None}
@@ -243,9 +244,9 @@ def patch_config(
     dependencies=[needs("config.delete.*"), audits("config.delete")],
     responses=error_responses("unknown_config", "environment_active"),
 )
-def delete_config(core: CoreDep, name: str) -> Message:
+def delete_config(core: CoreDep, identity: IdentityDep, name: str) -> Message:
     """Its folder goes to the trash."""
-    name = core.environments.folder(name).name
+    name = find_changeable(core, identity, name, DELETE)
     if name == core.active_environment():
         raise UserError("environment_active", f"{name} is active.", hint="Deactivate it or activate another first.")
     core.environments.delete(name)
@@ -300,8 +301,8 @@ def show(core: Core, name: str) -> Meta:
 
 def show_webhook_file(core: Core, name: str) -> Meta:
     file = WebhookFiles(core.environments.root).folder / f"{name}.json"
-    place = file.relative_to(core.settings.workspace) if file.is_relative_to(core.settings.workspace) else file
-    return Meta(name=name, path=str(place), etag=etag_of(file.read_bytes()))
+    place = shown_path(file, relative_to=core.settings.workspace)
+    return Meta(name=name, path=place, etag=etag_of(file.read_bytes()))
 
 
 def read_masked(core: Core, name: str) -> tuple[dict[str, Any], str]:

@@ -19,6 +19,7 @@ from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.environment_view import Meta, starter_datasets
 from simpletuner.server.errors import ErrorItem, did_you_mean, error_responses
 from simpletuner.server.hooks import require_hooks
+from simpletuner.server.owners import find_changeable
 from simpletuner.server.plain_json import PlainObject, PlainObjects
 from simpletuner.server.rights import needs
 from simpletuner.server.routes.configs import (
@@ -182,9 +183,9 @@ def _place(core: Core, name: str) -> DataloaderPlace:
     dependencies=[needs("config.edit.*"), audits("config.rename")],
     responses=error_responses("unknown_config", "already_exists"),
 )
-def rename_config(core: CoreDep, name: str, body: NewName) -> Moved:
+def rename_config(core: CoreDep, identity: IdentityDep, name: str, body: NewName) -> Moved:
     """Paths inside that begin with the old name follow, and so does the active name."""
-    name = core.environments.folder(name).name
+    name = find_changeable(core, identity, name)
     was_active = core.active_environment() == name
     renamed = core.environments.rename(name, body.new_name).name
     if was_active:
@@ -202,7 +203,8 @@ def rename_config(core: CoreDep, name: str, body: NewName) -> Moved:
 )
 def copy_config(core: CoreDep, identity: IdentityDep, name: str, body: TargetName) -> Moved:
     require_hooks(identity, core.environments.read(name).config)
-    copied = core.environments.copy(core.environments.folder(name).name, body.target_name).name
+    source = core.environments.folder(name).name
+    copied = core.environments.copy(source, body.target_name, owner=identity.user_id).name
     core.announce_config(copied, "created")
     return Moved(message=f"{name} copied to {copied}", metadata=show(core, copied))
 
@@ -229,13 +231,14 @@ def get_dataloader(core: CoreDep, name: str, response: Response) -> DataloaderVi
 )
 def put_dataloader(
     core: CoreDep,
+    identity: IdentityDep,
     name: str,
     body: PutDataloader | PlainObjects,
     response: Response,
     if_match: IfMatch = None,
 ) -> DataloaderView:
     """The list itself, or `{config: list}`."""
-    name = core.environments.folder(name).name
+    name = find_changeable(core, identity, name)
     datasets = body.config if isinstance(body, PutDataloader) else body
     etag, _ = core.environments.write_dataloader(name, list(datasets), if_match=if_match)
     core.announce_config(name, "changed")
@@ -251,11 +254,15 @@ def put_dataloader(
     responses=error_responses("unknown_config", "already_exists"),
 )
 def create_dataloader(
-    core: CoreDep, name: str, body: NewDataloader | None = None, overwrite: Annotated[bool, Query()] = False
+    core: CoreDep,
+    identity: IdentityDep,
+    name: str,
+    body: NewDataloader | None = None,
+    overwrite: Annotated[bool, Query()] = False,
 ) -> MadeDataloader:
     """A starter file; the old one is kept as a backup."""
     asked = body or NewDataloader()
-    name = core.environments.folder(name).name
+    name = find_changeable(core, identity, name)
     if asked.path not in {None, f"{name}/multidatabackend.json", "multidatabackend.json"}:
         raise UserError("bad_path", "An environment's dataset file is its multidatabackend.json.", pointer="/path")
     exists = core.environments.dataloader_path(name).exists()
@@ -316,11 +323,13 @@ def import_config(core: CoreDep, identity: IdentityDep, body: ImportRequest, res
         raise UserError("invalid_field", "lycoris is not an object.", pointer="/data/lycoris")
     kept = {key: notes[key] for key in ("description", "tags") if key in notes}
     if body.overwrite and name in core.environments.names():
+        name = find_changeable(core, identity, name)
         core.environments.write(name, config)
         core.environments.write_metadata(name, kept)
         if datasets is not None:
             core.environments.write_dataloader(name, datasets)
     else:
+        kept["owner"] = identity.user_id
         core.environments.create(core.environments.check_new_name(name), config, kept, datasets)
     if lycoris is not None:
         core.environments.write_lycoris(name, cast(dict[str, Any], lycoris))

@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict
 from simpletuner.config.lycoris import FILE, check_lycoris_config
 from simpletuner.errors import UserError
 from simpletuner.server.audit_trail import audits
-from simpletuner.server.core import CoreDep
+from simpletuner.server.core import CoreDep, IdentityDep
 from simpletuner.server.errors import ErrorItem, error_responses
+from simpletuner.server.owners import find_changeable
 from simpletuner.server.plain_json import PlainObject
 from simpletuner.server.rights import needs
 from simpletuner.server.routes.configs import EDIT_ERRORS, IfMatch
@@ -53,10 +54,15 @@ def get_lycoris(core: CoreDep, name: str, response: Response) -> LycorisView:
     responses=EDIT_ERRORS,
 )
 def put_lycoris(
-    core: CoreDep, name: str, body: PutLycoris, response: Response, if_match: IfMatch = None
+    core: CoreDep,
+    identity: IdentityDep,
+    name: str,
+    body: PutLycoris,
+    response: Response,
+    if_match: IfMatch = None,
 ) -> LycorisView:
     """The environment uses it where `--lycoris_config` names it, as that of `lora_type: lycoris` does."""
-    name = core.environments.folder(name).name
+    name = find_changeable(core, identity, name)
     if problems := check_lycoris_config(body.config):
         raise UserError("invalid_config", problems[0].message, hint=problems[0].hint, problems=problems)
     etag, _ = core.environments.write_lycoris(name, body.config, if_match=if_match)

@@ -13,10 +13,11 @@ from simpletuner.server.asking import ask, known_options, typed_values
 from simpletuner.server.audit_trail import audits
 from simpletuner.server.config_view import mask, secret_names
 from simpletuner.server.core import Core, CoreDep, IdentityDep
+from simpletuner.server.environment_view import shown_path
 from simpletuner.server.errors import ErrorItem, error_responses, request_id_of
 from simpletuner.server.hooks import require_hooks
 from simpletuner.server.idempotency import REPLAYED_HEADER, IdempotencyKey, build_claim, find_answer
-from simpletuner.server.launch import Launched, LaunchOptions, launch
+from simpletuner.server.launch import NOT_WRITTEN, Launched, LaunchOptions, launch, may_write
 from simpletuner.server.negotiation import (
     message_fragment,
     problem_fragment,
@@ -24,6 +25,7 @@ from simpletuner.server.negotiation import (
     wants_html_strictly,
 )
 from simpletuner.server.option_body import OptionBodyDep, option_body_schema
+from simpletuner.server.owners import find_changeable
 from simpletuner.server.rate_limit import START
 from simpletuner.server.rights import limited, needs
 
@@ -135,9 +137,18 @@ def start_training(
     asked = ask(core, body, environment, for_start=True)
     asked.resolution.require()
     require_hooks(identity, asked.resolution.values)
-    options = LaunchOptions(no_wait=no_wait, any_gpu=any_gpu, priority=priority, user_id=identity.user_id, claim=claim)
+    writes = may_write(core, identity, asked)
+    options = LaunchOptions(
+        no_wait=no_wait,
+        any_gpu=any_gpu,
+        priority=priority,
+        user_id=identity.user_id,
+        claim=claim,
+        writes_environment=writes,
+    )
     launched = launch(core, asked, options)
-    answer = _start_answer(core, launched, asked.resolution.warnings).model_dump()
+    warnings = asked.resolution.warnings if writes else [*asked.resolution.warnings, NOT_WRITTEN]
+    answer = _start_answer(core, launched, warnings).model_dump()
     if claim is not None:
         core.store.jobs.store_answer(claim.user_id, claim.key, answer)
     return _start_response(answer, html=html, replayed=False)
@@ -146,7 +157,6 @@ def start_training(
 def _start_answer(core: Core, launched: Launched, warnings: list[Problem]) -> StartAnswer:
     job, wait = launched.submitted.job, launched.submitted.wait
     file = launched.config_written
-    workspace = core.settings.workspace
     return StartAnswer(
         message="Training started" if wait is None else "Training queued",
         job_id=job.job_id,
@@ -154,7 +164,7 @@ def _start_answer(core: Core, launched: Launched, warnings: list[Problem]) -> St
         allocated_gpus=None if job.devices is None else list(job.devices),
         queue_position=wait.position if wait else None,
         config_name=launched.config_name,
-        config_written=str(file.relative_to(workspace) if file.is_relative_to(workspace) else file),
+        config_written=None if file is None else shown_path(file, relative_to=core.settings.workspace),
         warnings=show_problems(warnings),
         reason=wait.reason if wait else None,
     )
@@ -180,9 +190,10 @@ def update_active_config(
     core: CoreDep, identity: IdentityDep, body: OptionBodyDep, environment: Environment = None
 ) -> ConfigAnswer:
     """Merge options into the active environment; nothing starts."""
-    name = environment or core.active_environment()
-    if name is None:
+    asked = environment or core.active_environment()
+    if asked is None:
         raise UserError("no_active_environment", "No environment is active.", hint="Activate one first.")
+    name = find_changeable(core, identity, asked)
     stored = core.environments.read(name).config
     known = known_options(body.value("model_family") or stored.get("--model_family"))
     layer = body.layer(known)
