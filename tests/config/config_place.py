@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from simpletuner.config.directories import Directories
 from simpletuner.config.resolve import Resolution, resolve
 from simpletuner.config.sources import Layer, layer_from_argv, layer_from_mapping, layer_from_pairs
@@ -28,6 +30,8 @@ class Place:
         self.pictures = self.workspace / "pictures"
         self.pictures.mkdir(parents=True)
         self.config.mkdir()
+        Image.new("RGB", (64, 64)).save(self.pictures / "a.png")
+        (self.pictures / "a.txt").write_text("a picture")
         self.directories = Directories(self.workspace, self.config)
         self.write_datasets([self.entry()])
 

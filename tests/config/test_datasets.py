@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -89,8 +90,8 @@ def test_disable_is_disabled(place: Place) -> None:
 
 def test_doubled_keys(place: Place) -> None:
     """Acceptance 2: equal `id`, doubled `crop`: warnings with their places; two ids in one entry are an error."""
-    (place.workspace / "x").mkdir()
-    text = '[\n {"id": "pictures", "id": "pictures",\n  "crop": true,\n  "crop": false, "instance_data_dir": "x"}\n]'
+    entry = '{"id": "pictures", "id": "pictures",\n  "crop": true,\n  "crop": false, "instance_data_dir": "pictures"}'
+    text = f"[\n {entry}\n]"
     found = place.with_datasets(text)
     assert (errors(found), warnings(found)) == (
         {},
@@ -145,7 +146,7 @@ def test_values_may_be_text(place: Place) -> None:
 
 
 def conditioned(place: Place, *, data: Any = "mates", **keys: Any) -> list[dict[str, Any]]:
-    (place.workspace / "mates").mkdir(exist_ok=True)
+    shutil.copytree(place.pictures, place.workspace / "mates", dirs_exist_ok=True)
     mates = {"id": "mates", "dataset_type": "conditioning", "instance_data_dir": "mates"}
     return [place.entry(conditioning_data=data), mates | keys]
 
@@ -190,6 +191,7 @@ def test_one_mask_a_dataset(place: Place) -> None:
 
 def test_files_without_a_mate_warn(place: Place) -> None:
     entries = conditioned(place)
+    (place.workspace / "mates/a.png").unlink()
     for name in ("pictures/a.png", "pictures/b.png", "pictures/deep/c.png", "mates/b.jpg", "mates/b.webp"):
         (place.workspace / name).parent.mkdir(exist_ok=True)
         (place.workspace / name).touch()

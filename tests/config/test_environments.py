@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -87,14 +88,14 @@ def test_the_dataset_file(environments: Environments) -> None:
 
 
 def test_rename_and_copy_take_paths_along(environments: Environments) -> None:
-    environments.copy("night", "day")
+    environments.copy("night", "day", owner="1")
     assert environments.read("day").config["--output_dir"] == "day/out"
     assert environments.read("night").config["--output_dir"] == "night/out"
     environments.rename("night.json", "noon")
     assert environments.names() == ["day", "noon"]
     assert environments.read("noon").config["--output_dir"] == "noon/out"
     assert code_of(environments.rename, "noon", "day") == "already_exists"
-    assert code_of(environments.copy, "noon", "day") == "already_exists"
+    assert code_of(partial(environments.copy, owner="1"), "noon", "day") == "already_exists"
 
 
 def test_delete_moves_to_the_trash(environments: Environments) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -307,7 +308,7 @@ def test_paths_are_frozen_absolute(place: Place) -> None:
 
 
 def test_a_missing_folder_warns_until_the_start(place: Place) -> None:
-    place.pictures.rmdir()
+    shutil.rmtree(place.pictures)
     pointer = "/datasets/0/instance_data_dir"
     assert warnings(place.resolve()) == {pointer: "dataset_path_missing"}
     assert errors(place.resolve(for_start=True)) == {pointer: "dataset_path_missing"}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, cast
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from simpletuner.config.dataset_options import (
     FOLLOWS_SOURCE,
@@ -45,10 +47,20 @@ def read_dataset_file(shown: str, directories: Directories) -> tuple[list[Any], 
         raise UserError("bad_json", f"{shown} is not UTF-8 text.", pointer=pointer) from error
     value, duplicates = read_json(text, name=shown)
     if not isinstance(value, list):
-        raise UserError(
-            "bad_dataset_file", f"{shown} holds no list of datasets.", hint="Write [ {…}, {…} ].", pointer=pointer
-        )
+        hint = _cure_of_no_list(value)
+        raise UserError("bad_dataset_file", f"{shown} holds no list of datasets.", hint=hint, pointer=pointer)
     return cast(list[Any], value), duplicate_problems(duplicates, name=shown, prefix="/datasets")
+
+
+def _cure_of_no_list(value: object) -> str:
+    if isinstance(value, dict):
+        found = cast(dict[str, Any], value)
+        if "id" in found or "instance_data_dir" in found:
+            return "Put [ and ] around it."
+        lists = [key for key, inner in found.items() if isinstance(inner, list)]
+        if lists:
+            return f"The file is the list itself: write only what stands in {lists[0]!r}."
+    return "Write [ {…}, {…} ]."
 
 
 @dataclass(slots=True)
@@ -76,6 +88,17 @@ def resolve_datasets(
     return found
 
 
+def _cure_of_value(detail: ErrorDetails) -> str:
+    if detail["type"] in ("float_parsing", "int_parsing"):
+        number = re.match(r"\s*(\d+)", str(detail["input"]))
+        return f"Write a number alone, such as {number[1]}." if number else "Write a number alone."
+    if detail["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", str(detail.get("ctx", {}).get("expected", "")))
+        near = get_close_matches(str(detail["input"]), choices, n=1)
+        return f"Did you mean {near[0]!r}?" if near else ""
+    return ""
+
+
 class _EntryReader:
     def __init__(self, pointer: str, options: Mapping[str, Any], directories: Directories, family: str) -> None:
         self._pointer = pointer
@@ -86,7 +109,8 @@ class _EntryReader:
 
     def read(self, entry: Any) -> dict[str, Any] | None:
         if not isinstance(entry, dict):
-            self._fail("bad_dataset", "A dataset is an object.", "")
+            hint = "Remove one pair of [ ]." if isinstance(entry, list) else 'Write {"id": …, "instance_data_dir": …}.'
+            self._fail("bad_dataset", "A dataset is an object.", hint)
             return None
         written = self._expand(cast(dict[str, Any], entry))
         kind = dataset_kind(written)
@@ -113,7 +137,8 @@ class _EntryReader:
                 message = (
                     f"{key!r} is missing." if missing_key else f"{key!r}: {detail['msg']}, not {detail['input']!r}."
                 )
-                self._fail("missing_dataset_key" if missing_key else "bad_value", message, "", key)
+                hint = "" if missing_key else _cure_of_value(detail)
+                self._fail("missing_dataset_key" if missing_key else "bad_value", message, hint, key)
             return None
 
     def _expand(self, entry: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +187,9 @@ class _EntryReader:
         for key in _BOOLEANS & values.keys():
             parsed = parse_boolean(values[key])
             if parsed is None:
-                self._fail("bad_boolean", f"{key!r} is true or false, not {values[key]!r}.", "", key)
+                self._fail(
+                    "bad_boolean", f"{key!r} is true or false, not {values[key]!r}.", "Write true or false.", key
+                )
                 del values[key]
             else:
                 values[key] = parsed

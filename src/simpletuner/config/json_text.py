@@ -23,15 +23,44 @@ class DuplicateKey:
 
 
 def read_json(text: str, *, name: str) -> tuple[Any, list[DuplicateKey]]:
-    """Parse. Raises UserError `bad_json` with line and column; NaN and Infinity are refused."""
+    """Parse. Raises UserError `bad_json` with line and column; NaN and Infinity are refused.
+
+    The mark that editors of Windows put first is left out.
+    """
+    text = text.removeprefix("\ufeff")
+    if not text.strip():
+        raise UserError("bad_json", f"{name} is empty.", hint="An empty list is [], an empty object {}.")
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
-        raise UserError("bad_json", f"{name} is not valid JSON: {error.msg} at {place}.") from error
+        message = f"{name} is not valid JSON: {error.msg} at {place}."
+        raise UserError("bad_json", message, hint=_cure(error)) from error
     except ValueError as error:
         raise UserError("bad_json", f"{name} is not valid JSON: {error}.") from error
     return value, list(find_duplicates(text))
+
+
+def _cure(error: json.JSONDecodeError) -> str:
+    """What was most likely meant at the place where reading ended."""
+    before, after = error.doc[: error.pos].rstrip()[-1:], error.doc[error.pos :].lstrip()
+    if error.msg.startswith("Invalid \\escape"):
+        return "Write a backslash twice, or / in paths."
+    if error.msg == "Extra data":
+        return "Something follows its end: put all of it into one list, [ …, … ]."
+    if after.startswith(("//", "#", "/*")):
+        return "JSON has no comments: remove it."
+    if before == "," and after[:1] in ("]", "}"):
+        return f"Remove the comma before the {after[0]}."
+    if word := re.match(r"True|False|None|nan", after):
+        return f"Write {'null' if word[0] in ('None', 'nan') else word[0].lower()}, not {word[0]}."
+    if after.startswith("'") or error.msg.startswith("Expecting property name"):
+        return "Names and texts stand in double quotes."
+    if error.msg == "Expecting ',' delimiter":
+        return "A comma is missing before this place, or a bracket after it."
+    if not after:
+        return "It ends too early: a bracket or a quote is not closed."
+    return ""
 
 
 def duplicate_problems(duplicates: list[DuplicateKey], *, name: str, prefix: str = "") -> list[Problem]:

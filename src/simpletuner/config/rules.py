@@ -10,6 +10,7 @@ from typing import Any
 
 from simpletuner.config.adapter_rules import adapter_rule, flux_rule, init_lora_rule, reference_rule
 from simpletuner.config.disk import DISK_OPTIONS, disk_rule
+from simpletuner.config.folder_look import look_into, missing_folder_hint
 from simpletuner.config.model_options import QUANTISED
 from simpletuner.config.pairing import check_pairs
 from simpletuner.config.prompt import parse_resolutions
@@ -295,10 +296,12 @@ def _datasets(at: Situation) -> Iterator[Problem]:
             yield Problem(
                 code="dataset_path_missing",
                 message=message,
-                hint="Create it or correct the path.",
+                hint=missing_folder_hint(root),
                 pointer=pointer,
                 level=level,
             )
+        else:
+            yield from look_into(entry, place)
         yield from _entry(place, entry)
 
 

@@ -204,7 +204,7 @@ def _prepare(option: OptionField, raw: Any, *, is_text: bool) -> tuple[Any, Prob
         try:
             return read_json(raw, name=f"--{option.name}")[0], None
         except UserError as error:
-            hint = "Quote the whole value, and names with double quotes."
+            hint = error.hint or "Quote the whole value, and names with double quotes."
             return None, _problem(option, "bad_json", error.message, hint)
     if kind == "structured" and is_text and isinstance(raw, str) and raw.isdecimal():
         return int(raw), None
