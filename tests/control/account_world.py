@@ -22,7 +22,7 @@ PASSWORD = "a-long-password"
 
 
 class AccountWorld:
-    """Its only device is busy: what is started here waits in the queue. Nobody is counted under a limit."""
+    """No supervisor runs."""
 
     def __init__(self, workspace: Path, **flags: str | bool) -> None:
         settings = ServerSettings.read(
@@ -36,10 +36,12 @@ class AccountWorld:
         self.users: dict[str, UserRow] = {}
         self.keys: dict[str, str] = {}
         self._num_asked = 0
-        busy = self.insert_job("local")
-        self.core.store.jobs.move(
-            Move(job_id=busy.job_id, from_=JobStatus.QUEUED, to=JobStatus.STARTING, attempt=1, devices=(0,))
-        )
+
+    def occupy(self) -> None:
+        """The only device: what is started from now on waits in the queue."""
+        job = self.insert_job("local")
+        move = Move(job_id=job.job_id, from_=JobStatus.QUEUED, to=JobStatus.STARTING, attempt=1, devices=(0,))
+        assert self.core.store.jobs.move(move)
 
     def add_users(self, *levels: str) -> None:
         """One of each level, called by its name; the admin first."""

@@ -24,6 +24,7 @@ CONFIG = {"--model_family": "pixart_sigma", "--model_type": "full", "--output_di
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AccountWorld]:
     built = AccountWorld(tmp_path_factory.mktemp("owners"))
+    built.occupy()
     built.add_users("viewer", "researcher", "lead", "admin")
     built.add_user("other", "researcher")
     yield built
@@ -56,14 +57,13 @@ def start(world: AccountWorld, *, environment: str = "-", **asked: Any) -> dict[
 
 
 def test_every_way_to_make_one_records_its_maker(world: AccountWorld) -> None:
-    by = {"by": "researcher"}
     world.ask("POST", "/api/configs/environments", json=NEW | {"name": "made"}, by="admin")
-    world.ask("POST", "/api/configs/environments", json=NEW | {"name": "one"}, **by)
-    world.ask("POST", "/api/configs", json={"name": "two", "config": CONFIG}, **by)
-    world.ask("POST", "/api/configs/made/copy", json={"target_name": "three"}, **by)
-    exported = world.ask("GET", "/api/configs/made/export", **by).json()
-    world.ask("POST", "/api/configs/import", json={"name": "four", "data": exported}, **by)
-    five = start(world, **by)["config_name"]
+    world.ask("POST", "/api/configs/environments", json=NEW | {"name": "one"}, by="researcher")
+    world.ask("POST", "/api/configs", json={"name": "two", "config": CONFIG}, by="researcher")
+    world.ask("POST", "/api/configs/made/copy", json={"target_name": "three"}, by="researcher")
+    exported = world.ask("GET", "/api/configs/made/export", by="researcher").json()
+    world.ask("POST", "/api/configs/import", json={"name": "four", "data": exported}, by="researcher")
+    five = start(world, by="researcher")["config_name"]
     assert five.startswith("adhoc-")
     owner = str(world.users["researcher"].id)
     for name in ("one", "two", "three", "four", five):

@@ -29,6 +29,9 @@ def server(
     trust_loopback: Annotated[bool, Parameter(negative="")] = False,
     trusted_proxies: str | None = None,
     public_docs: Annotated[bool, Parameter(negative="")] = False,
+    ssl: Annotated[bool, Parameter(negative="")] = False,
+    ssl_certfile: str | None = None,
+    ssl_keyfile: str | None = None,
 ) -> int:
     """Serve the HTTP API until SIGTERM; running jobs go on without it.
 
@@ -64,6 +67,13 @@ def server(
         Comma list of addresses and networks whose X-Forwarded-For and X-Forwarded-Proto are believed.
     public_docs
         Serve /docs, /redoc and /openapi.json to everybody.
+    ssl
+        Serve https, with a self-signed certificate that is made at the first start: tls-cert.pem in the state
+        directory. Variable SIMPLETUNER_SSL.
+    ssl_certfile
+        Serve https with this certificate (PEM, with its chain). Variable SIMPLETUNER_SSL_CERTFILE.
+    ssl_keyfile
+        Its key, where it is not in the same file. Variable SIMPLETUNER_SSL_KEYFILE.
     """
     flags = {
         "host": host,
@@ -80,6 +90,9 @@ def server(
         "trust_loopback": trust_loopback or None,
         "trusted_proxies": trusted_proxies,
         "public_docs": public_docs or None,
+        "ssl": ssl or None,
+        "ssl_certfile": ssl_certfile,
+        "ssl_keyfile": ssl_keyfile,
     }
     run_server(ServerSettings.read(flags, os.environ, Path.cwd()), environment=env)
     return 0

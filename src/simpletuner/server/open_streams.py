@@ -31,8 +31,9 @@ class OpenStream:
 
     def end(self) -> None:
         self.ended = True
-        if self._wake is not None:
-            self._wake()
+        wake = self._wake
+        if wake is not None:
+            wake()
 
     def __enter__(self) -> Self:
         return self

@@ -7,6 +7,7 @@ import fcntl
 import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Generator, Mapping
@@ -33,13 +34,14 @@ def run_server(
     """Serve until SIGTERM, SIGINT or a shutdown request; jobs run on.
 
     `environment` is checked before the port opens, then activated and submitted once the server answers. Raises
-    UserError: exit code 64 when it would not start, 69 when the port is in use, 73 when the state directory is
-    another server's or cannot be written.
+    UserError: exit code 64 when it would not start or its certificate cannot be used, 69 when the port is in use, 73
+    when the state directory is another server's or cannot be written.
     """
     if environment is not None:
         check_environment(settings, environment)
     inherited = os.environ if environ is None else environ
     with _own_state(settings), _bind(settings) as listening, closing(Core.build(settings, inherited)) as core:
+        _prepare_tls(settings)
         server = _Server(settings, core, environment)
         asyncio.run(server.serve(sockets=[listening]))
 
@@ -117,6 +119,22 @@ def _own_state(settings: ServerSettings) -> Generator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _prepare_tls(settings: ServerSettings) -> None:
+    certfile, keyfile = settings.ssl_certfile, settings.ssl_keyfile
+    if certfile is None:
+        return
+    if settings.makes_certificate and keyfile is not None:
+        from simpletuner.server.certificate import prepare_certificate
+
+        prepare_certificate(certfile, keyfile)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile)
+    except OSError as error:
+        message = f"The certificate {certfile} cannot be used: {error.strerror or error}."
+        hint = "A PEM file with the certificate and its chain, and its key with --ssl-keyfile."
+        raise UserError("bad_certificate", message, hint=hint, exit_code=ExitCode.CONFIG) from error
 
 
 @contextmanager

@@ -43,6 +43,7 @@ class ServerSettings:
     """Of one request, and of one upload in parts."""
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
+    makes_certificate: bool = False
 
     @classmethod
     def read(
@@ -52,11 +53,12 @@ class ServerSettings:
         source = _Source(flags, environ)
         workspace = (cwd / (source.text("workspace") or ".")).resolve()
         config_dir = workspace / (source.text("config_dir") or "config")
-        certfile, keyfile = source.text("ssl_certfile"), source.text("ssl_keyfile")
+        state_dir = workspace / (source.text("state_dir") or ".simpletuner")
+        certfile, keyfile, makes_certificate = source.certificate(cwd, state_dir)
         return cls(
             workspace=workspace,
             config_dir=config_dir,
-            state_dir=workspace / (source.text("state_dir") or ".simpletuner"),
+            state_dir=state_dir,
             datasets_dir=workspace / (source.text("datasets_dir") or environ.get("DATASETS_DIR") or "datasets"),
             host=source.text("host") or DEFAULT_HOST,
             port=source.number("port", DEFAULT_PORT),
@@ -73,8 +75,9 @@ class ServerSettings:
             stop_grace_s=float(source.number("stop_grace_s", int(DEFAULT_STOP_GRACE_S))),
             webhook_allow_private=source.switch("webhook_allow_private", default=True),
             max_upload_bytes=source.number("max_upload_bytes", DEFAULT_UPLOAD_BYTES),
-            ssl_certfile=cwd / certfile if certfile else None,
-            ssl_keyfile=cwd / keyfile if keyfile else None,
+            ssl_certfile=certfile,
+            ssl_keyfile=keyfile,
+            makes_certificate=makes_certificate,
         )
 
     @property
@@ -121,6 +124,17 @@ class _Source:
         if value is None:
             raise UserError("invalid_config", f"{name} is on or off, not {text!r}.", hint="Write true or false.")
         return value
+
+    def certificate(self, cwd: Path, state_dir: Path) -> tuple[Path | None, Path | None, bool]:
+        """`(certificate, key, whether they are the server's own to make)`; the key may be in the certificate's file."""
+        certfile, keyfile = self.text("ssl_certfile"), self.text("ssl_keyfile")
+        if certfile is not None:
+            return cwd / certfile, cwd / keyfile if keyfile else None, False
+        if keyfile is not None:
+            raise UserError("invalid_config", "ssl_keyfile is given without ssl_certfile.", hint="Give both.")
+        if self.switch("ssl", default=False):
+            return state_dir / "tls-cert.pem", state_dir / "tls-key.pem", True
+        return None, None, False
 
     def names(self, name: str) -> tuple[str, ...]:
         return tuple(part.strip().lower() for part in (self.text(name) or "").split(",") if part.strip())

@@ -9,21 +9,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from simpletuner.errors import UserError
 from simpletuner.jobs.event_view import EventView
 from simpletuner.jobs.feed import Subscription
 from simpletuner.server.core import Core
+from simpletuner.server.open_streams import OpenStream
 from simpletuner.store.event_filter import EventFilter
 from simpletuner.store.event_row import StoredEvent
 
 HEARTBEAT_S = 15.0
 SSE_RETRY_MS = 3000
-MOST_STREAMS = 1000
 REPLAY_PAGE = 500
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 GOING_AWAY = 1001
+POLICY_VIOLATION = 1008
 TRY_AGAIN_LATER = 1013
 
 
@@ -47,9 +48,23 @@ class Overflow:
 Item = Hello | Heartbeat | Overflow | StoredEvent
 
 
-async def follow(core: Core, wanted: EventFilter, since_index: int | None) -> AsyncGenerator[Item]:
-    """Every event from `since_index` on once and in order, without end; None begins now."""
+class HeldStream(StreamingResponse):
+    """Server-sent events; `stream` is given back however they end, also before the first."""
+
+    def __init__(self, frames: AsyncGenerator[str], stream: OpenStream) -> None:
+        super().__init__(frames, media_type="text/event-stream", headers=SSE_HEADERS)
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._stream:
+            await super().__call__(scope, receive, send)
+
+
+async def follow(core: Core, wanted: EventFilter, since_index: int | None, stream: OpenStream) -> AsyncGenerator[Item]:
+    """Every event from `since_index` on once and in order, until `stream` is ended; None begins now."""
+    loop = asyncio.get_running_loop()
     with core.feed.subscribe(wanted) as subscription:
+        stream.when_ended(lambda: loop.call_soon_threadsafe(subscription.close))
         # Subscribed before the store is read: what comes in between is in the queue.
         newest = await asyncio.to_thread(core.store.events.newest_index)
         start = newest + 1 if since_index is None else since_index
@@ -63,6 +78,8 @@ async def follow(core: Core, wanted: EventFilter, since_index: int | None) -> As
                 cursor = event.index + 1
         while not subscription.closed:
             came = await subscription.wait(HEARTBEAT_S)
+            if stream.ended:
+                return
             if subscription.overflowed:
                 yield Overflow(cursor)
                 return
@@ -89,18 +106,14 @@ async def _replay(
             return
 
 
-def check_room(core: Core) -> None:
-    """Raises UserError `too_many_streams`."""
-    if core.feed.num_listeners >= MOST_STREAMS:
-        raise UserError("too_many_streams", f"{MOST_STREAMS} streams are open.", hint="Poll, or try again later.")
-
-
-def sse_answer(core: Core, wanted: EventFilter, since_index: int | None, view: EventView) -> StreamingResponse:
+def sse_answer(
+    core: Core, wanted: EventFilter, since_index: int | None, view: EventView, stream: OpenStream
+) -> StreamingResponse:
     async def frames() -> AsyncGenerator[str]:
-        async for item in follow(core, wanted, since_index):
+        async for item in follow(core, wanted, since_index, stream):
             yield await asyncio.to_thread(_sse_frame, item, view)
 
-    return StreamingResponse(frames(), media_type="text/event-stream", headers=SSE_HEADERS)
+    return HeldStream(frames(), stream)
 
 
 def _sse_frame(item: Item, view: EventView) -> str:
@@ -116,14 +129,16 @@ def _sse_frame(item: Item, view: EventView) -> str:
 
 
 async def serve_socket(
-    socket: WebSocket, core: Core, wanted: EventFilter, since_index: int | None, view: EventView
+    socket: WebSocket,
+    core: Core,
+    wanted: EventFilter,
+    since_index: int | None,
+    view: EventView,
+    stream: OpenStream,
 ) -> None:
     """Sends until the client goes; what it says is ignored. Pings are the protocol's own (`server/run.py`)."""
     await socket.accept()
-    if core.feed.num_listeners >= MOST_STREAMS:
-        await socket.close(TRY_AGAIN_LATER)
-        return
-    sending = asyncio.create_task(_send_all(socket, core, wanted, since_index, view))
+    sending = asyncio.create_task(_send_all(socket, core, wanted, since_index, view, stream))
     listening = asyncio.create_task(_until_disconnect(socket))
     done, pending = await asyncio.wait({sending, listening}, return_when=asyncio.FIRST_COMPLETED)
     for task in pending:
@@ -134,10 +149,15 @@ async def serve_socket(
 
 
 async def _send_all(
-    socket: WebSocket, core: Core, wanted: EventFilter, since_index: int | None, view: EventView
+    socket: WebSocket,
+    core: Core,
+    wanted: EventFilter,
+    since_index: int | None,
+    view: EventView,
+    stream: OpenStream,
 ) -> None:
     try:
-        async for item in follow(core, wanted, since_index):
+        async for item in follow(core, wanted, since_index, stream):
             match item:
                 case Hello(body):
                     await socket.send_text(json.dumps({"hello": body}))
@@ -150,7 +170,7 @@ async def _send_all(
                     await socket.send_text(f'{{"job_id":{json.dumps(item.job_id)},"event":{text}}}')
                 case Heartbeat():
                     pass
-        await socket.close(GOING_AWAY)
+        await socket.close(POLICY_VIOLATION if stream.ended else GOING_AWAY)
     except WebSocketDisconnect:
         return
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from sqlalchemy import ColumnElement, and_, func, or_, select
 
@@ -47,9 +48,7 @@ class EventFilter:
         if self.job_id is not None:
             wanted.append(events.c.job_id == self.job_id)
         if self.sees is not None:
-            # One bound value, however many jobs there are: the event database is always SQLite.
-            ids = func.json_each(json.dumps(sorted(self.sees()))).table_valued("value")
-            wanted.append(events.c.job_id.in_(select(ids.c.value)))
+            wanted.append(among(events.c.job_id, self.sees()))
         if self.types:
             wanted.append(or_(*(events.c.type.like(_as_like(glob), escape="\\") for glob in self.types)))
         return and_(True, *wanted)
@@ -59,6 +58,12 @@ class EventFilter:
         globs = (re.escape(glob).replace(r"\*", ".*").replace(r"\?", ".") for glob in self.types)
         # LIKE does not look at case either.
         return re.compile("|".join(globs), re.IGNORECASE)
+
+
+def among(column: ColumnElement[Any], values: Iterable[str]) -> ColumnElement[bool]:
+    """One bound value, however many there are: the event database is always SQLite."""
+    given = func.json_each(json.dumps(sorted(values))).table_valued("value")
+    return column.in_(select(given.c.value))
 
 
 def _as_like(glob: str) -> str:

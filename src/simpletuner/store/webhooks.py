@@ -13,6 +13,7 @@ from sqlalchemy import ColumnElement, Row, and_, delete, func, insert, select, u
 
 from simpletuner.config.webhook import WebhookEndpoint
 from simpletuner.store.database import Database
+from simpletuner.store.event_filter import among
 from simpletuner.store.event_row import StoredEvent
 from simpletuner.store.fan_out import PENDING, stored_endpoint
 from simpletuner.store.schema import deliveries, events, webhooks
@@ -112,11 +113,26 @@ class WebhookStore:
             row = connection.execute(_rows(deliveries.c.id == delivery_id)).one_or_none()
         return _delivery(row) if row else None
 
-    def find(self, *, job_id: str | None, status: DeliveryStatus | None, limit: int, offset: int) -> DeliveryPage:
-        """Newest first."""
+    def get(self, delivery_id: str) -> DeliveryRow | None:
+        with self._database.read() as connection:
+            row = connection.execute(_rows(deliveries.c.id == delivery_id)).one_or_none()
+        return _delivery(row) if row else None
+
+    def find(
+        self,
+        *,
+        job_id: str | None,
+        of_jobs: set[str] | None = None,
+        status: DeliveryStatus | None,
+        limit: int,
+        offset: int,
+    ) -> DeliveryPage:
+        """Newest first; `of_jobs` None means of all."""
         wanted: list[ColumnElement[bool]] = []
         if job_id is not None:
             wanted.append(deliveries.c.job_id == job_id)
+        if of_jobs is not None:
+            wanted.append(among(deliveries.c.job_id, of_jobs))
         if status is not None:
             wanted.append(deliveries.c.status == status)
         clause = and_(True, *wanted)

@@ -17,7 +17,7 @@ from simpletuner.server.errors import error_responses
 from simpletuner.server.identity import Identity
 from simpletuner.server.rights import needs
 from simpletuner.server.sight import find_job, latest_ended, seen, within_sight
-from simpletuner.server.streams import check_room, serve_socket, sse_answer
+from simpletuner.server.streams import serve_socket, sse_answer
 from simpletuner.store.event_filter import EventFilter
 
 router = APIRouter(prefix="/api", tags=["training"])
@@ -110,9 +110,9 @@ async def stream_events(
     """Events as they come, as server-sent events; with `Upgrade: websocket` the same over a WebSocket."""
     if since_index is None and last_event_id is not None and last_event_id.isdecimal():
         since_index = min(int(last_event_id), MOST_INDEX - 1) + 1
-    check_room(core)
     wanted = await asyncio.to_thread(job_filter, core, identity, job_id, types)
-    return sse_answer(core, wanted, since_index, EventView(core.settings.jobs_root, images))
+    stream = core.accounts.streams.open(identity)
+    return sse_answer(core, wanted, since_index, EventView(core.settings.jobs_root, images), stream)
 
 
 async def socket_events(
@@ -125,7 +125,8 @@ async def socket_events(
     images: Images = "inline",
 ) -> None:
     wanted = await asyncio.to_thread(job_filter, core, identity, job_id, types)
-    await serve_socket(socket, core, wanted, since_index, EventView(core.settings.jobs_root, images))
+    with core.accounts.streams.open(identity) as stream:
+        await serve_socket(socket, core, wanted, since_index, EventView(core.settings.jobs_root, images), stream)
 
 
 def _add_stream_routes() -> None:

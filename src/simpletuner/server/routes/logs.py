@@ -14,9 +14,10 @@ from pydantic import BaseModel
 
 from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.errors import error_responses
+from simpletuner.server.open_streams import OpenStream
 from simpletuner.server.rights import needs
 from simpletuner.server.sight import find_job
-from simpletuner.server.streams import HEARTBEAT_S, SSE_HEADERS
+from simpletuner.server.streams import HEARTBEAT_S, HeldStream
 from simpletuner.store.job_row import JobRow
 
 router = APIRouter(tags=["jobs", "training"])
@@ -72,20 +73,21 @@ def read_log(core: Core, job: JobRow, offset: int | None, tail: int | None) -> L
     operation_id="stream_job_logs",
     dependencies=[needs("job.view.*")],
     response_class=StreamingResponse,
-    responses={200: {"content": {"text/event-stream": {}}}, **error_responses("unknown_job")},
+    responses={200: {"content": {"text/event-stream": {}}}, **error_responses("unknown_job", "too_many_streams")},
 )
 def stream_job_logs(
     core: CoreDep, identity: IdentityDep, job_id: str, offset: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0
 ) -> StreamingResponse:
     """`line` for each line, `done` at the job's end. The id of a line is the offset after it."""
     find_job(core, identity, job_id)
-    return StreamingResponse(_follow_log(core, job_id, offset), media_type="text/event-stream", headers=SSE_HEADERS)
+    stream = core.accounts.streams.open(identity)
+    return HeldStream(_follow_log(core, job_id, offset, stream), stream)
 
 
-async def _follow_log(core: Core, job_id: str, offset: int) -> AsyncGenerator[str]:
+async def _follow_log(core: Core, job_id: str, offset: int, stream: OpenStream) -> AsyncGenerator[str]:
     path = core.placement.job_dir(job_id).log_path
     quiet_s = 0.0
-    while not core.feed.is_closed:
+    while not core.feed.is_closed and not stream.ended:
         # Asked before the file is read: what an ended job printed is all there.
         job = await asyncio.to_thread(core.store.jobs.get, job_id)
         is_over = job is None or job.status.is_terminal

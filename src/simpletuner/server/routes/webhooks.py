@@ -14,14 +14,16 @@ from simpletuner.errors import UserError
 from simpletuner.events import Event, EventType, NoticeData
 from simpletuner.jobs.webhook_post import Poster
 from simpletuner.server.audit_trail import audits
-from simpletuner.server.core import CoreDep
+from simpletuner.server.core import CoreDep, IdentityDep
 from simpletuner.server.errors import error_responses
 from simpletuner.server.plain_json import PlainObject
-from simpletuner.server.rights import needs
+from simpletuner.server.rights import denied, needs
+from simpletuner.server.sight import VIEW, find_job
 from simpletuner.store.webhooks import DeliveryRow, DeliveryStatus
 
 router = APIRouter(prefix="/api/webhooks", tags=["webhooks"])
 
+MANAGE = "webhook.manage"
 EXAMPLE = {"webhook_type": "raw", "callback_url": "https://example.com/simpletuner", "log_level": "info"}
 
 
@@ -50,17 +52,28 @@ class TestAnswer(BaseModel):
     error: str | None
 
 
-@router.get("/deliveries", operation_id="list_webhook_deliveries", dependencies=[needs("webhook.manage")])
+@router.get(
+    "/deliveries",
+    operation_id="list_webhook_deliveries",
+    dependencies=[needs(MANAGE, f"{VIEW}.*")],
+    responses=error_responses("unknown_job"),
+)
 def list_deliveries(
     core: CoreDep,
+    identity: IdentityDep,
     response: Response,
     job_id: Annotated[str | None, Query(max_length=64)] = None,
     status: DeliveryStatus | None = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 100,
     offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
 ) -> DeliveryList:
-    """Newest first."""
-    page = core.store.webhooks.find(job_id=job_id, status=status, limit=limit, offset=offset)
+    """Newest first; without webhook.manage those of one's own jobs."""
+    own: set[str] | None = None
+    if not identity.may(MANAGE):
+        own = core.store.jobs.ids(user_id=identity.user_id)
+        if job_id is not None and find_job(core, identity, job_id).job_id not in own:
+            raise denied(MANAGE)
+    page = core.store.webhooks.find(job_id=job_id, of_jobs=own, status=status, limit=limit, offset=offset)
     response.headers["X-Total-Count"] = str(page.total)
     return DeliveryList(deliveries=[_show(row) for row in page.deliveries], total=page.total)
 
@@ -68,12 +81,15 @@ def list_deliveries(
 @router.post(
     "/deliveries/{delivery_id}/redeliver",
     operation_id="redeliver_webhook",
-    dependencies=[needs("webhook.manage"), audits("webhook.redeliver")],
+    dependencies=[needs(MANAGE, f"{VIEW}.*"), audits("webhook.redeliver")],
     responses=error_responses("not_found"),
 )
-def redeliver(core: CoreDep, delivery_id: str) -> DeliveryView:
+def redeliver(core: CoreDep, identity: IdentityDep, delivery_id: str) -> DeliveryView:
     """Queue it again, a dead or a delivered one too; it goes before what waits for its endpoint."""
-    row = core.store.webhooks.redeliver(delivery_id, now_s=time.time())
+    found = core.store.webhooks.get(delivery_id)
+    job = core.store.jobs.get(found.job_id) if found else None
+    may = identity.may(MANAGE) or (job is not None and job.user_id == identity.user_id)
+    row = core.store.webhooks.redeliver(delivery_id, now_s=time.time()) if may else None
     if row is None:
         raise UserError("not_found", f"There is no delivery {delivery_id}.")
     return _show(row)
@@ -82,7 +98,7 @@ def redeliver(core: CoreDep, delivery_id: str) -> DeliveryView:
 @router.post(
     "/test",
     operation_id="test_webhook",
-    dependencies=[needs("webhook.manage"), audits("webhook.test")],
+    dependencies=[needs(MANAGE), audits("webhook.test")],
     responses=error_responses("invalid_config"),
     openapi_extra={"requestBody": {"content": {"application/json": {"example": EXAMPLE}}}},
 )
