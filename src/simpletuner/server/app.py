@@ -33,6 +33,7 @@ from simpletuner.server.routes import (
     system,
     training,
     training_control,
+    upload_sessions,
     uploads,
     users,
     webhook_files,
@@ -109,6 +110,7 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(training.router)
     app.include_router(training_control.router)
     app.include_router(uploads.router)
+    app.include_router(upload_sessions.router)
     app.include_router(datasets.router)
     app.include_router(webhooks.router)
     # Before `/{name}`: these are words that no environment can be called.

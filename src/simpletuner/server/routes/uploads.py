@@ -94,7 +94,7 @@ async def upload_dataset_files(core: CoreDep, request: Request, response: Respon
         target = find_target(reception.places, form.fields)
         results = await run_in_threadpool(stage.commit, target, read_on_conflict(form.fields))
     answer = await run_in_threadpool(answer_of, results, target, read_on_conflict(form.fields))
-    return _told(answer, response, note)
+    return tell(answer, response, note)
 
 
 @router.post(
@@ -116,9 +116,9 @@ async def upload_dataset_archive(core: CoreDep, request: Request, response: Resp
         )
         await receive_form(request, form, most_bytes=reception.most_bytes)
         target, on_conflict = find_target(reception.places, form.fields), read_on_conflict(form.fields)
-        results = await run_in_threadpool(reception.store_archive, sink.path, target, on_conflict)
+        results = await run_in_threadpool(reception.store_archive, sink.archive, target, on_conflict)
     answer = await run_in_threadpool(answer_of, results, target, on_conflict)
-    return _told(answer, response, note)
+    return tell(answer, response, note)
 
 
 def _check_fields(places: Places) -> Callable[[Mapping[str, str]], None]:
@@ -132,7 +132,8 @@ def _check_fields(places: Places) -> Callable[[Mapping[str, str]], None]:
     return check
 
 
-def _told(answer: UploadAnswer, response: Response, note: AuditNote) -> UploadAnswer:
+def tell(answer: UploadAnswer, response: Response, note: AuditNote) -> UploadAnswer:
+    """Sets the status, and what the audit says."""
     response.status_code = 207 if answer.errors else 200
     note.target = answer.target_path
     note.detail = {"stored": answer.files_uploaded, "skipped": answer.files_skipped, "errors": answer.errors}
