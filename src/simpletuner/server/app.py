@@ -27,6 +27,7 @@ from simpletuner.server.routes import (
     health,
     jobs,
     keys,
+    ledger,
     logs,
     lycoris,
     registration,
@@ -116,6 +117,7 @@ def _add_routes(app: FastAPI) -> None:
     # Before `/{name}`: these are words that no environment can be called.
     app.include_router(webhook_files.router)
     app.include_router(environments.router)
+    app.include_router(ledger.router)
     app.include_router(lycoris.router)
     app.include_router(users.router)
     app.include_router(audit.router)
