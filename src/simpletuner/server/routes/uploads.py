@@ -15,7 +15,7 @@ from simpletuner.server.core import CoreDep
 from simpletuner.server.errors import error_responses
 from simpletuner.server.option_body import OptionBodyDep, option_body_schema
 from simpletuner.server.rights import needs
-from simpletuner.server.uploads.form import UploadForm, read_boundary, receive_form
+from simpletuner.server.uploads.form import UploadForm, read_boundary, receive_form, told_bytes
 from simpletuner.server.uploads.outcome import UploadAnswer, answer_of, find_target, read_on_conflict
 from simpletuner.server.uploads.places import Places
 from simpletuner.server.uploads.reception import ArchiveSink
@@ -87,6 +87,7 @@ async def upload_dataset_files(core: CoreDep, request: Request, response: Respon
     reception = core.reception
 
     async with contextmanager_in_threadpool(reception.stage()) as stage:
+        stage.expect(told_bytes(request))
         form = UploadForm(
             read_boundary(request), stage, files=FILES, texts=TEXTS, before_files=_check_fields(reception.places)
         )
@@ -110,6 +111,7 @@ async def upload_dataset_archive(core: CoreDep, request: Request, response: Resp
     reception = core.reception
 
     async with contextmanager_in_threadpool(reception.stage()) as stage:
+        stage.expect(told_bytes(request))
         sink = ArchiveSink(stage.folder)
         form = UploadForm(
             read_boundary(request), sink, files=("file",), texts=TEXTS, before_files=_check_fields(reception.places)

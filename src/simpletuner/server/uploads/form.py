@@ -162,8 +162,16 @@ def read_boundary(request: Request) -> bytes:
     return options[b"boundary"]
 
 
+def told_bytes(request: Request) -> int:
+    """What the client says of its body's length; 0 where it says nothing."""
+    told = request.headers.get("content-length", "")
+    return int(told) if told.isdigit() else 0
+
+
 async def receive_form(request: Request, form: UploadForm, *, most_bytes: int) -> None:
     """Raises UserError `body_too_large` beyond `most_bytes` of body, `body_required` where there is none."""
+    if told_bytes(request) > most_bytes:
+        raise too_large(most_bytes, "")
     received = 0
     try:
         async for batch in read_batches(request):

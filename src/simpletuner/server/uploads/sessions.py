@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import secrets
-import shutil
 import threading
 import time
 from collections.abc import Generator
@@ -72,7 +71,7 @@ class Sessions:
         if not name.lower().endswith(".zip") and (refusal := refuse_by_name(name)):
             message = f"{shown_text(name)} would not be stored: {refusal.reason}."
             raise UserError("nothing_stored", message, hint=refusal.hint, pointer="/name")
-        check_room(self._places, num_bytes, name)
+        self._places.check_room(num_bytes, name)
         session = Session(
             upload_id=secrets.token_hex(12),
             target_path=target_path,
@@ -207,11 +206,3 @@ def parse_range(header: str | None, session: Session) -> ByteRange | None:
         message = f"Bytes {first} to {last} are not all in a file of {session.bytes} bytes."
         raise UserError("invalid_field", message, pointer="/Content-Range")
     return ByteRange(first, last - first + 1)
-
-
-def check_room(places: Places, num_bytes: int, name: str) -> None:
-    """Raises UserError `disk_full` where there can be no room for `num_bytes` more."""
-    free = shutil.disk_usage(places.root).free
-    if num_bytes > free:
-        message = f"{shown_text(name)} has {num_bytes} bytes; {free} are free in the datasets folder."
-        raise UserError("disk_full", message, hint="Free some space and try again.")
