@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
 import httpx2
+from control_world import SOURCE
 
 from simpletuner.server.app import create_app
 from simpletuner.server.core import Core
@@ -17,7 +19,7 @@ class InProcess:
     """Its supervisor does not run: for routes that start nothing."""
 
     def __init__(self, workspace: Path, **environ: str) -> None:
-        environ = {"SIMPLETUNER_DEVICES": "cpu:1"} | environ
+        environ = dict(os.environ) | {"PYTHONPATH": str(SOURCE), "SIMPLETUNER_DEVICES": "cpu:1"} | environ
         self.settings = ServerSettings.read({}, environ, workspace)
         self.core = Core.build(self.settings, environ)
         self.datasets = self.settings.datasets_dir

@@ -18,6 +18,7 @@ from simpletuner.errors import UserError
 from simpletuner.server.uploads.archive import ArchiveLimits
 from simpletuner.server.uploads.reception import Reception
 
+ZIP = "/api/datasets/upload/zip"
 Build = Callable[[zipfile.ZipFile], Any]
 
 
@@ -165,12 +166,14 @@ def test_folders_are_kept_and_leftovers_of_file_managers_counted(server: InProce
 
 def test_one_archive_a_request(server: InProcess) -> None:
     files = [("file", ("a.zip", named("a.txt"))), ("file", ("b.zip", named("b.txt")))]
-    answer = server.ask("POST", "/api/datasets/upload/zip", data={"target_path": "set"}, files=files)
+    answer = server.ask("POST", ZIP, data={"target_path": "set"}, files=files)
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_field")
-    none = server.ask(
-        "POST", "/api/datasets/upload/zip", data={"target_path": "set"}, files=[("files", ("a.zip", b""))]
-    )
-    assert (none.status_code, none.json()["code"]) == (422, "unknown_field")
+    wrong = server.ask("POST", ZIP, data={"target_path": "set"}, files=[("files", ("a.zip", b""))])
+    assert (wrong.status_code, wrong.json()["code"]) == (422, "unknown_field")
+    form = b'--x\r\nContent-Disposition: form-data; name="target_path"\r\n\r\nset\r\n--x--\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    none = server.ask("POST", ZIP, content=form, headers=kind)
+    assert (none.status_code, none.json()["code"]) == (422, "nothing_stored")
 
 
 @pytest.mark.parametrize(
@@ -197,4 +200,4 @@ def test_limits_are_kept(tmp_path: Path, limits: ArchiveLimits, names: tuple[str
 
 def send(server: InProcess, archive: bytes, *, target: str = "set") -> Any:
     files = {"file": ("archive.zip", archive)}
-    return server.ask("POST", "/api/datasets/upload/zip", data={"target_path": target}, files=files)
+    return server.ask("POST", ZIP, data={"target_path": target}, files=files)

@@ -309,3 +309,16 @@ def test_no_route_shows_what_is_outside(server: InProcess, folder: str) -> None:
         ):
             answer = server.ask("GET", f"/api/datasets/{route}", params={"path": path})
             assert answer.status_code == status, (route, path, answer.text)
+
+
+def test_what_has_no_room_is_refused_before_it_comes(tmp_path: Path) -> None:
+    huge = 2**59
+    server = InProcess(tmp_path, SIMPLETUNER_MAX_UPLOAD_BYTES=str(2 * huge))
+    headers = {"Content-Type": "multipart/form-data; boundary=x", "Content-Length": str(huge)}
+    for path in (UPLOAD, f"{UPLOAD}/zip"):
+        answer = server.ask("POST", path, content=b"x", headers=headers)
+        assert (answer.status_code, answer.json()["code"]) == (507, "disk_full")
+    request = {"target_path": "", "name": "a.txt", "bytes": huge}
+    assert server.ask("POST", f"{UPLOAD}/sessions", json=request).status_code == 507
+    assert list(server.files()) in ([], [".uploads"])
+    server.close()

@@ -11,9 +11,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from simpletuner.cli.local_config import print_warnings, read_local_config
+from simpletuner.config.preflight import PREFLIGHT, preflight_request
 from simpletuner.errors import ExitCode
-
-PREFLIGHT = "simpletuner.data.preflight"
 
 
 def ledger(
@@ -30,15 +29,7 @@ def ledger(
     """
     local = read_local_config(env, words)
     print_warnings(local.resolution)
-    config = local.resolution.require()
-    request = {
-        "alignment": config.data.aspect_bucket_alignment,
-        "ignore_missing_files": config.data.ignore_missing_files,
-        "datasets": [
-            entry.model_dump(mode="json")
-            for entry in (*config.image_datasets, *config.eval_datasets, *config.conditioning_datasets)
-        ],
-    }
+    request = preflight_request(local.resolution.require())
     # Scanning belongs to the training world: it is asked through its process, not imported.
     scan = subprocess.run(
         [sys.executable, "-m", PREFLIGHT],

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from simpletuner import __version__
+from simpletuner.cli.refusal import Refusal
 from simpletuner.errors import UserError
 
 COMMANDS = {
@@ -21,8 +22,12 @@ COMMANDS = {
         "Show that a killed run goes on exactly, on an environment of yours.",
     ),
     "replay": ("simpletuner.cli.replay:replay", "Run the first steps of a job again and compare its losses."),
+    "datasets upload": ("simpletuner.cli.datasets:upload", "Send files, folders and zips to a server."),
+    "datasets list": ("simpletuner.cli.datasets:list_entries", "List a folder of a server's datasets."),
+    "datasets captions": ("simpletuner.cli.datasets:captions", "Show captions on a server, or write one."),
     "bench": ("simpletuner.cli.bench:bench", "Measure the trainer, the loader and the cache on this machine."),
 }
+GROUPS = {"datasets": "Data on a server: SIMPLETUNER_URL says where, SIMPLETUNER_API_KEY with which key."}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words)
     except UserError as error:
         print_error(error)
-        return int(error.exit_code)
+        return int(error.client_exit if isinstance(error, Refusal) else error.exit_code)
     except BrokenPipeError:
         # The reader of a pipe (such as `head`) has seen enough; nothing may be flushed into it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -51,8 +56,12 @@ def _run(words: list[str]) -> int:
         help="Fine-tune diffusion models: start a server, or train right here.",
         result_action="return_value",
     )
-    for name, (place, summary) in COMMANDS.items():
-        app.command(place, name=name, help=summary)
+    groups = {name: App(name=name, help=summary) for name, summary in GROUPS.items()}
+    for group in groups.values():
+        app.command(group)
+    for path, (place, summary) in COMMANDS.items():
+        group, _, name = path.rpartition(" ")
+        (groups[group] if group else app).command(place, name=name, help=summary)
     try:
         result = app(words, exit_on_error=False)
     except CycloptsError:

@@ -27,12 +27,14 @@ from simpletuner.server.routes import (
     health,
     jobs,
     keys,
+    ledger,
     logs,
     lycoris,
     registration,
     system,
     training,
     training_control,
+    upload_sessions,
     uploads,
     users,
     webhook_files,
@@ -109,11 +111,13 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(training.router)
     app.include_router(training_control.router)
     app.include_router(uploads.router)
+    app.include_router(upload_sessions.router)
     app.include_router(datasets.router)
     app.include_router(webhooks.router)
     # Before `/{name}`: these are words that no environment can be called.
     app.include_router(webhook_files.router)
     app.include_router(environments.router)
+    app.include_router(ledger.router)
     app.include_router(lycoris.router)
     app.include_router(users.router)
     app.include_router(audit.router)

@@ -26,6 +26,7 @@ from simpletuner.jobs.webhook_target import TargetRules
 from simpletuner.jobs.webhooks import Courier
 from simpletuner.server.accounts import Accounts
 from simpletuner.server.identity import Identity
+from simpletuner.server.ledger import LedgerScans
 from simpletuner.server.rate_limit import RateLimiter
 from simpletuner.server.settings import ServerSettings
 from simpletuner.server.stages import StageBoard
@@ -52,6 +53,7 @@ class Core:
     couriers: tuple[Courier, ...]
     accounts: Accounts
     reception: Reception
+    ledgers: LedgerScans
     limiter: RateLimiter = field(default_factory=RateLimiter)
     started_at: float = field(default_factory=time.monotonic)
 
@@ -93,6 +95,7 @@ class Core:
             couriers=couriers,
             accounts=Accounts(store, settings.state_dir),
             reception=reception,
+            ledgers=LedgerScans(settings.workspace, environ),
         )
 
     def job(self, job_id: str) -> JobRow:

@@ -15,7 +15,7 @@ from simpletuner.server.core import CoreDep
 from simpletuner.server.errors import error_responses
 from simpletuner.server.option_body import OptionBodyDep, option_body_schema
 from simpletuner.server.rights import needs
-from simpletuner.server.uploads.form import UploadForm, read_boundary, receive_form
+from simpletuner.server.uploads.form import UploadForm, read_boundary, receive_form, told_bytes
 from simpletuner.server.uploads.outcome import UploadAnswer, answer_of, find_target, read_on_conflict
 from simpletuner.server.uploads.places import Places
 from simpletuner.server.uploads.reception import ArchiveSink
@@ -87,6 +87,7 @@ async def upload_dataset_files(core: CoreDep, request: Request, response: Respon
     reception = core.reception
 
     async with contextmanager_in_threadpool(reception.stage()) as stage:
+        stage.expect(told_bytes(request))
         form = UploadForm(
             read_boundary(request), stage, files=FILES, texts=TEXTS, before_files=_check_fields(reception.places)
         )
@@ -94,7 +95,7 @@ async def upload_dataset_files(core: CoreDep, request: Request, response: Respon
         target = find_target(reception.places, form.fields)
         results = await run_in_threadpool(stage.commit, target, read_on_conflict(form.fields))
     answer = await run_in_threadpool(answer_of, results, target, read_on_conflict(form.fields))
-    return _told(answer, response, note)
+    return tell(answer, response, note)
 
 
 @router.post(
@@ -110,15 +111,16 @@ async def upload_dataset_archive(core: CoreDep, request: Request, response: Resp
     reception = core.reception
 
     async with contextmanager_in_threadpool(reception.stage()) as stage:
+        stage.expect(told_bytes(request))
         sink = ArchiveSink(stage.folder)
         form = UploadForm(
             read_boundary(request), sink, files=("file",), texts=TEXTS, before_files=_check_fields(reception.places)
         )
         await receive_form(request, form, most_bytes=reception.most_bytes)
         target, on_conflict = find_target(reception.places, form.fields), read_on_conflict(form.fields)
-        results = await run_in_threadpool(reception.store_archive, sink.path, target, on_conflict)
+        results = await run_in_threadpool(reception.store_archive, sink.archive, target, on_conflict)
     answer = await run_in_threadpool(answer_of, results, target, on_conflict)
-    return _told(answer, response, note)
+    return tell(answer, response, note)
 
 
 def _check_fields(places: Places) -> Callable[[Mapping[str, str]], None]:
@@ -132,7 +134,8 @@ def _check_fields(places: Places) -> Callable[[Mapping[str, str]], None]:
     return check
 
 
-def _told(answer: UploadAnswer, response: Response, note: AuditNote) -> UploadAnswer:
+def tell(answer: UploadAnswer, response: Response, note: AuditNote) -> UploadAnswer:
+    """Sets the status, and what the audit says."""
     response.status_code = 207 if answer.errors else 200
     note.target = answer.target_path
     note.detail = {"stored": answer.files_uploaded, "skipped": answer.files_skipped, "errors": answer.errors}

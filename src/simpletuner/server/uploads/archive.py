@@ -47,6 +47,7 @@ def unpack(archive: Path, stage: Stage, limits: ArchiveLimits) -> None:
         try:
             with zipfile.ZipFile(file) as opened:
                 contents = _check_entries(opened, packed_bytes, limits)
+                stage.expect(sum(entry.file_size for entry, _ in contents.files))
                 for name in contents.junk:
                     stage.skip(name, "hidden files are not read")
                 for entry, name in contents.files:

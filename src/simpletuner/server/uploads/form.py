@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import IO, Protocol
 
 from python_multipart.exceptions import FormParserError
@@ -162,20 +162,23 @@ def read_boundary(request: Request) -> bytes:
     return options[b"boundary"]
 
 
+def told_bytes(request: Request) -> int:
+    """What the client says of its body's length; 0 where it says nothing."""
+    told = request.headers.get("content-length", "")
+    return int(told) if told.isdigit() else 0
+
+
 async def receive_form(request: Request, form: UploadForm, *, most_bytes: int) -> None:
     """Raises UserError `body_too_large` beyond `most_bytes` of body, `body_required` where there is none."""
+    if told_bytes(request) > most_bytes:
+        raise too_large(most_bytes, "")
     received = 0
-    pending = bytearray()
     try:
-        async for chunk in request.stream():
-            received += len(chunk)
+        async for batch in read_batches(request):
+            received += len(batch)
             if received > most_bytes:
                 raise too_large(most_bytes, form.current)
-            pending += chunk
-            if len(pending) >= BATCH_BYTES:
-                await run_in_threadpool(form.feed, bytes(pending))
-                pending.clear()
-        await run_in_threadpool(form.feed, bytes(pending))
+            await run_in_threadpool(form.feed, batch)
         if not received:
             raise UserError("body_required", "This request needs a body.", hint="Send target_path and the files.")
         form.finish()
@@ -183,6 +186,23 @@ async def receive_form(request: Request, form: UploadForm, *, most_bytes: int) -
         raise _broken("the client went away") from error
     finally:
         form.close()
+
+
+async def read_batches(request: Request) -> AsyncGenerator[bytes]:
+    """The body in pieces worth a thread's while. Raises ClientDisconnect, after what had arrived by then."""
+    pending = bytearray()
+    try:
+        async for chunk in request.stream():
+            pending += chunk
+            if len(pending) >= BATCH_BYTES:
+                yield bytes(pending)
+                pending.clear()
+    except ClientDisconnect:
+        if pending:
+            yield bytes(pending)
+        raise
+    if pending:
+        yield bytes(pending)
 
 
 def too_large(most_bytes: int, name: str) -> UserError:

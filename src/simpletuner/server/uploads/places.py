@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from simpletuner.errors import UserError
@@ -73,6 +74,13 @@ class Places:
     def holds(self, path: Path) -> bool:
         """Whether `path`, with links followed as far as it exists, is inside the root."""
         return Path(os.path.realpath(path)).is_relative_to(self.root)
+
+    def check_room(self, num_bytes: int, name: str) -> None:
+        """Raises UserError `disk_full` where there can be no room for `num_bytes` more: running jobs need the rest."""
+        free = shutil.disk_usage(self.root).free
+        if num_bytes > free:
+            message = f"{shown_text(name)} has {num_bytes} bytes; {free} are free in the datasets folder."
+            raise UserError("disk_full", message, hint="Free some space and try again.")
 
     def _joined(self, written: str, pointer: str) -> Path:
         if reason := _unwritable(written) or (".." in written.split("/") and "it leads upwards (..)"):

@@ -69,41 +69,57 @@ class Reception:
             unpack(archive, stage, self.limits)
             return stage.commit(target, on_conflict)
 
-    def store_session(self, session: Session) -> list[FileResult]:
-        """All bytes are there: into their place. The session is then over, except on a full disk."""
-        target = self.places.folder(session.target_path, pointer="/target_path")
-        self.sessions.check_sum(session)
-        part = self.sessions.part(session)
-        if session.name.lower().endswith(".zip"):
+    def store_session(self, session: Session) -> tuple[list[FileResult], Path]:
+        """All bytes are there: into their place, in the folder that is told too. Raises UserError.
+
+        The upload is then over, unless the target is gone or the storage fails: that can be mended and tried again.
+        """
+        with self.sessions.finishing(session):
+            target = self.places.folder(session.target_path, pointer="/target_path")
+            self.sessions.check_sum(session)
+            part = self.sessions.part(session)
             try:
-                results = self.store_archive(part, target, session.on_conflict)
+                if session.name.lower().endswith(".zip"):
+                    results = self.store_archive(part, target, session.on_conflict)
+                else:
+                    results = self._store_part(part, target, session.on_conflict, session.name)
             except UserError as error:
                 if error.code == "bad_archive":
                     self.sessions.forget(session)
                 raise
-        else:
-            with self.stage() as stage:
-                file = stage.begin(session.name)
-                if file is not None:
-                    file.close()
-                    stage.adopt(part.rename(file.name), session.name)
-                results = stage.commit(target, session.on_conflict)
-        self.sessions.forget(session)
-        return results
+            self.sessions.forget(session)
+        return results, target
+
+    def _store_part(self, part: Path, target: Path, on_conflict: OnConflict, name: str) -> list[FileResult]:
+        """`part` stays as it is until its upload is over, so that nothing is lost where this fails."""
+        with self.stage() as stage:
+            file = stage.begin(name)
+            if file is not None:
+                with file, naming_failures(name):
+                    Path(file.name).unlink()
+                    Path(file.name).hardlink_to(part)
+                stage.adopt(Path(file.name), name)
+            return stage.commit(target, on_conflict)
 
 
 class ArchiveSink:
     """Takes the one archive of a form."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / ARCHIVE
-        self.num_archives = 0
+        self._path = folder / ARCHIVE
+
+    @property
+    def archive(self) -> Path:
+        """Raises UserError `nothing_stored` where none came."""
+        if not self._path.exists():
+            hint = "Send the zip in the field file."
+            raise UserError("nothing_stored", "The request holds no archive.", hint=hint, pointer="/file")
+        return self._path
 
     def begin(self, name: str) -> IO[bytes]:
-        self.num_archives += 1
-        if self.num_archives > 1:
+        if self._path.exists():
             raise UserError("invalid_field", "One archive at a time.", hint="Send each in a request of its own.")
-        return self.path.open("wb")
+        return self._path.open("wb")
 
     def finish(self, file: IO[bytes], name: str) -> None:
         file.close()

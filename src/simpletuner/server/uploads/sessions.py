@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 import secrets
-import shutil
 import threading
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import file_digest
 from pathlib import Path
 from typing import IO
@@ -19,12 +21,24 @@ from pydantic import BaseModel
 
 from simpletuner.errors import UserError
 from simpletuner.job import write_atomic
+from simpletuner.server.uploads.media_types import refuse_by_name
 from simpletuner.server.uploads.places import Places, fault_of_path, shown_text
 from simpletuner.server.uploads.stage import OnConflict, naming_failures
 
 KEPT_S = 7 * 24 * 3600
 SUFFIX = ".part"
 UPLOAD_ID = re.compile(r"[0-9a-f]{24}")
+
+
+CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18}|\*)")
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """Of a part: its first byte and how many there are."""
+
+    first: int
+    num_bytes: int
 
 
 class Session(BaseModel):
@@ -44,16 +58,20 @@ class Sessions:
         self._places = places
         self._lock = threading.Lock()
         self._writers: dict[str, object] = {}
+        self._finishing: set[str] = set()
 
     def create(
         self, target_path: str, name: str, num_bytes: int, sha256: str | None, on_conflict: OnConflict, owner: str
     ) -> Session:
-        """Raises UserError `bad_path`, `disk_full`, and what `Places.folder` raises of the target."""
+        """Raises UserError `bad_path`, `nothing_stored`, `disk_full`, and what `Places.folder` raises of the target."""
         self.forget_old()
         self._places.folder(target_path, pointer="/target_path")
         if reason := fault_of_path(name):
             raise UserError("bad_path", f"{shown_text(name)} is no usable name: {reason}.", pointer="/name")
-        check_room(self._places, num_bytes, name)
+        if not name.lower().endswith(".zip") and (refusal := refuse_by_name(name)):
+            message = f"{shown_text(name)} would not be stored: {refusal.reason}."
+            raise UserError("nothing_stored", message, hint=refusal.hint, pointer="/name")
+        self._places.check_room(num_bytes, name)
         session = Session(
             upload_id=secrets.token_hex(12),
             target_path=target_path,
@@ -113,6 +131,19 @@ class Sessions:
             if self._writers.get(writer.session.upload_id) is writer:
                 del self._writers[writer.session.upload_id]
 
+    @contextmanager
+    def finishing(self, session: Session) -> Generator[None]:
+        """Held while a whole upload goes into its place. Raises UserError `in_flight` for the second who tries."""
+        with self._lock:
+            if session.upload_id in self._finishing:
+                raise UserError("in_flight", f"{shown_text(session.name)} is being stored.", hint="Ask again later.")
+            self._finishing.add(session.upload_id)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._finishing.discard(session.upload_id)
+
     def check_sum(self, session: Session) -> None:
         """Raises UserError `nothing_stored` where the whole is not what was announced; the upload is then gone."""
         if session.sha256 is None:
@@ -159,9 +190,19 @@ class PartWriter:
         self._sessions.leave(self)
 
 
-def check_room(places: Places, num_bytes: int, name: str) -> None:
-    """Raises UserError `disk_full` where there can be no room for `num_bytes` more."""
-    free = shutil.disk_usage(places.root).free
-    if num_bytes > free:
-        message = f"{shown_text(name)} has {num_bytes} bytes; {free} are free in the datasets folder."
-        raise UserError("disk_full", message, hint="Free some space and try again.")
+def parse_range(header: str | None, session: Session) -> ByteRange | None:
+    """What `Content-Range` says; None for `bytes */<all>`, which sends nothing and asks to store what has arrived.
+
+    Raises UserError `invalid_field`.
+    """
+    found = CONTENT_RANGE.fullmatch(header or "")
+    if found is None or found[3] not in {"*", str(session.bytes)}:
+        hint = f"For example Content-Range: bytes 0-{max(0, session.bytes - 1)}/{session.bytes}."
+        raise UserError("invalid_field", "Content-Range is missing or wrong.", hint=hint, pointer="/Content-Range")
+    if found[1] is None:
+        return None
+    first, last = int(found[1]), int(found[2])
+    if not first <= last < session.bytes:
+        message = f"Bytes {first} to {last} are not all in a file of {session.bytes} bytes."
+        raise UserError("invalid_field", message, pointer="/Content-Range")
+    return ByteRange(first, last - first + 1)

@@ -77,6 +77,10 @@ class Stage:
         self._handle = os.open(folder, os.O_RDONLY)
         fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
+    def expect(self, num_bytes: int) -> None:
+        """Raises UserError `disk_full` where there is no room for what is to come."""
+        self._places.check_room(num_bytes, "The upload")
+
     def begin(self, name: str) -> IO[bytes] | None:
         """A file to write the bytes of `name` into; None, noted in the results, where it is not taken."""
         if is_junk(name):

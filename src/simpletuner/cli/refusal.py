@@ -1,0 +1,26 @@
+"""What a command that asks a server ends with when the server says no, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import IntEnum
+
+from simpletuner.errors import Problem, UserError
+
+
+class ClientExit(IntEnum):
+    """Apart from the codes of runs: a trainer that ends with 1 is a bug (api.md §6)."""
+
+    REFUSED = 1
+    DENIED = 5
+    UNREACHABLE = 6
+
+
+class Refusal(UserError):
+    """`client_exit` is what the shell is told."""
+
+    def __init__(
+        self, code: str, message: str, client_exit: ClientExit, *, hint: str = "", problems: Iterable[Problem] = ()
+    ) -> None:
+        super().__init__(code, message, hint=hint, problems=problems)
+        self.client_exit = client_exit
