@@ -143,10 +143,14 @@ def _begin(core: Core, user: UserRow, request: Request, response: Response, note
     note.actor, note.actor_id, note.target = user.username, str(user.id), user.username
 
 
-@router.post("/logout", operation_id="logout", dependencies=[public()])
-def logout(core: CoreDep, request: Request, response: Response) -> Success:
+@router.post("/logout", operation_id="logout", dependencies=[public(), audits("auth.logout")])
+def logout(core: CoreDep, request: Request, response: Response, note: AuditDep) -> Success:
     """Ends the session of the cookie, if there is one."""
+    note.nothing_done = True
     for token in session_tokens(request.headers):
+        ended = core.accounts.identify_session(token)
+        if ended is not None:
+            note.nothing_done, note.actor, note.actor_id = False, ended.name, ended.user_id
         core.accounts.end_session(token)
     response.headers.append("Set-Cookie", clearing_cookie(request.scope))
     return Success()
