@@ -29,7 +29,8 @@ TABLE = """
 -                GET    /health /health/live /health/ready
 -                GET    /api/cloud/auth/setup/status /api/cloud/auth/check
 -                POST   /api/cloud/auth/setup/first-admin /api/cloud/auth/login /api/cloud/auth/logout
--                POST   /api/cloud/auth/register
+-                POST   /api/cloud/auth/register /login
+-                GET    /login /login/style.css
 auth             GET    /docs /redoc /openapi.json
 auth             GET    /api/cloud/auth/me /api/cloud/auth/api-keys
 auth             POST   /api/cloud/auth/change-password

@@ -127,14 +127,22 @@ def create_first_admin(
 )
 def login(core: CoreDep, request: Request, response: Response, note: AuditDep, body: LoginBody) -> LoggedIn:
     """By user name or e-mail address; sets the session's cookie."""
+    user = log_in(core, request, response, note, body.username, body.password, long=body.remember_me)
+    return LoggedIn(user=show_user(user), message=f"Logged in as {user.username}")
+
+
+def log_in(
+    core: Core, request: Request, response: Response, note: AuditNote, name: str, password: str, *, long: bool
+) -> UserRow:
+    """Puts the session's cookie into `response`. Raises as `Accounts.log_in`, with that on record."""
     try:
-        user = core.accounts.log_in(body.username, body.password)
+        user = core.accounts.log_in(name, password)
     except UserError as error:
-        note.action, note.actor, note.even_refused = "auth.login_failed", body.username, True
+        note.action, note.actor, note.even_refused = "auth.login_failed", name, True
         note.detail = {"reason": "backing off" if isinstance(error, RateLimited) else error.code}
         raise
-    _begin(core, user, request, response, note, long=body.remember_me)
-    return LoggedIn(user=show_user(user), message=f"Logged in as {user.username}")
+    _begin(core, user, request, response, note, long=long)
+    return user
 
 
 def _begin(core: Core, user: UserRow, request: Request, response: Response, note: AuditNote, *, long: bool) -> None:
