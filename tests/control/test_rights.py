@@ -13,6 +13,9 @@ from account_world import AccountWorld
 from fastapi.routing import APIRoute, APIWebSocketRoute, iter_route_contexts
 from starlette.routing import Route
 
+from simpletuner.server.audit_trail import Audits
+from simpletuner.server.security import SAFE_METHODS
+
 LEVELS = {
     "viewer": "api.access config.view dataset.view job.view.own queue.view system.view",
     "researcher": "job.submit job.cancel.own job.delete.own queue.cancel.own config.create config.edit.own "
@@ -26,7 +29,8 @@ TABLE = """
 -                GET    /health /health/live /health/ready
 -                GET    /api/cloud/auth/setup/status /api/cloud/auth/check
 -                POST   /api/cloud/auth/setup/first-admin /api/cloud/auth/login /api/cloud/auth/logout
--                POST   /api/cloud/auth/register
+-                POST   /api/cloud/auth/register /login
+-                GET    /login /login/style.css
 auth             GET    /docs /redoc /openapi.json
 auth             GET    /api/cloud/auth/me /api/cloud/auth/api-keys
 auth             POST   /api/cloud/auth/change-password
@@ -89,6 +93,11 @@ ALIASES = {
     "/api/cloud/jobs": "/api/jobs",
     "/api/training/stream": "/api/training/events/stream",
     "/api/events": "/api/training/events/stream",
+}
+UNAUDITED = {
+    ("POST", "/api/training/validate"): "changes nothing",
+    ("POST", "/api/configs/{name}/validate"): "changes nothing",
+    ("POST", "/api/training/checkpoints"): "a list, as by GET",
 }
 SCOPE = "job.*"
 Asked = tuple[str, str]
@@ -192,6 +201,15 @@ def socket_status(world: AccountWorld, url: str, headers: dict[str, str]) -> int
 def test_every_route_is_in_the_table(routes: list[Asked]) -> None:
     assert len(routes) > 100
     assert {(method, canonical(path)) for method, path in routes} - read_table().keys() == set()
+
+
+def test_every_route_that_changes_something_is_audited(world: AccountWorld) -> None:
+    silent: set[Asked] = set()
+    for context in iter_route_contexts(world.app.routes):
+        route = context.original_route
+        if isinstance(route, APIRoute) and not any(isinstance(mark.dependency, Audits) for mark in route.dependencies):
+            silent |= {(method, canonical(str(context.path))) for method in (route.methods or set()) - SAFE_METHODS}
+    assert silent == UNAUDITED.keys()
 
 
 def test_bad_credentials_are_401_before_anything_else(world: AccountWorld, routes: list[Asked]) -> None:

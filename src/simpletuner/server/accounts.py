@@ -12,7 +12,7 @@ from simpletuner.errors import UserError
 from simpletuner.server.identity import Identity
 from simpletuner.server.open_streams import OpenStreams
 from simpletuner.server.passwords import Passwords
-from simpletuner.server.permission import ACCESS, rights_of, within
+from simpletuner.server.permission import ACCESS, base_priority_of, rights_of, within
 from simpletuner.server.rate_limit import LoginBackoff
 from simpletuner.server.setup_token import SetupToken, random_text
 from simpletuner.store.credentials import KeyRow
@@ -178,6 +178,7 @@ class Accounts:
             is_admin=user.is_admin and scope is None,
             scope=scope,
             credential_id=credential_id,
+            base_priority=base_priority_of(user.levels),
         )
 
 

@@ -28,6 +28,7 @@ from simpletuner.server.routes import (
     jobs,
     keys,
     ledger,
+    login,
     logs,
     lycoris,
     registration,
@@ -125,6 +126,7 @@ def _add_routes(app: FastAPI) -> None:
     for router in (auth.router, keys.router):
         app.include_router(router, prefix="/api/cloud/auth")
         app.include_router(router, prefix="/api/auth", include_in_schema=False)
+    app.include_router(login.router)
     app.include_router(configs.router)
     for router in (jobs.router, logs.router):
         app.include_router(router, prefix="/api/jobs")

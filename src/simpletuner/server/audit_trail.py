@@ -26,6 +26,7 @@ class AuditNote:
         self.target: str | None = None
         self.detail: dict[str, Any] = {}
         self.even_refused = False
+        self.nothing_done = False
 
 
 class Audits:
@@ -59,7 +60,7 @@ class AuditTrail:
 
     def is_due(self, status: int) -> bool:
         note: AuditNote | None = self._scope["state"].get(STATE)
-        return note is not None and (status < 400 or note.even_refused)
+        return note is not None and not note.nothing_done and (status < 400 or note.even_refused)
 
     def write(self) -> None:
         """Before the answer leaves: who has it, finds the entry."""

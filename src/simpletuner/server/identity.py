@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from simpletuner.server.permission import PERMISSIONS, holds
+from simpletuner.server.permission import ADMIN, PERMISSIONS, base_priority_of, holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,6 +13,7 @@ class Identity:
     """`permissions` are what is left of the user's rights within the scope of the credential.
 
     `scope` holds the globs of a scoped key, None without. `credential_id` is the row of the session or key.
+    `base_priority` is what the user's jobs have unless they are given another.
     """
 
     user_id: str
@@ -23,6 +24,7 @@ class Identity:
     is_admin: bool = False
     scope: tuple[str, ...] | None = None
     credential_id: int = field(default=0)
+    base_priority: int = 0
 
     @property
     def quota(self) -> str:
@@ -39,4 +41,11 @@ class Identity:
         return f"{verb}.own" in self.permissions and owner == self.user_id
 
 
-LOCAL = Identity(user_id="local", name="local", by="loopback", permissions=PERMISSIONS, is_admin=True)
+LOCAL = Identity(
+    user_id="local",
+    name="local",
+    by="loopback",
+    permissions=PERMISSIONS,
+    is_admin=True,
+    base_priority=base_priority_of([ADMIN]),
+)

@@ -14,14 +14,13 @@ from simpletuner.job import ACTIVE, JobStatus, new_job_id
 from simpletuner.jobs.submit import Submission, Submitted, submit
 from simpletuner.server.asking import ADHOC, Asked, ask, known_options
 from simpletuner.server.core import Core
-from simpletuner.server.identity import Identity
+from simpletuner.server.identity import LOCAL, Identity
 from simpletuner.server.option_body import OptionBody
 from simpletuner.server.owners import may_change
 from simpletuner.server.settings import ServerSettings
 from simpletuner.store.job_row import Claim
 from simpletuner.store.settings import ACTIVE_ENVIRONMENT
 
-DEFAULT_PRIORITY = 10
 NOT_WRITTEN = Problem(
     code="environment_not_written",
     message="The settings were not stored in an environment: you may not change it. The job runs with them.",
@@ -34,7 +33,7 @@ NOT_WRITTEN = Problem(
 class LaunchOptions:
     no_wait: bool = False
     any_gpu: bool = False
-    priority: int | None = None
+    priority: int
     user_id: str | None = None
     claim: Claim | None = None
     writes_environment: bool = True
@@ -64,7 +63,7 @@ def launch(core: Core, asked: Asked, options: LaunchOptions) -> Launched:
         preferred_devices=_preferred(config.get("accelerate_visible_devices")),
         any_gpu=options.any_gpu,
         no_wait=options.no_wait,
-        priority=DEFAULT_PRIORITY if options.priority is None else options.priority,
+        priority=options.priority,
         config_name=name,
         user_id=options.user_id,
         stop_grace_s=core.settings.stop_grace_s,
@@ -106,7 +105,7 @@ def launch_environment(core: Core, name: str) -> Submitted | None:
         return None
     asked = ask(core, OptionBody({}), name, for_start=True)
     asked.resolution.require()
-    return launch(core, asked, LaunchOptions(user_id="local")).submitted
+    return launch(core, asked, LaunchOptions(priority=LOCAL.base_priority, user_id=LOCAL.user_id)).submitted
 
 
 def _write_environment(core: Core, asked: Asked, name: str, owner: str | None) -> None:

@@ -25,21 +25,27 @@ ADMIN = "admin"
 
 @dataclass(frozen=True, slots=True)
 class UserLevel:
-    """`permissions` includes those of the levels below it."""
+    """`permissions` includes those of the levels below it; `job_priority` is the base of api.md §4."""
 
     id: int
     name: str
     priority: int
     permissions: frozenset[str]
+    job_priority: int
 
 
 def _build_levels() -> dict[str, UserLevel]:
     held: frozenset[str] = frozenset()
     levels: dict[str, UserLevel] = {}
-    rows = (("viewer", 0, _VIEWER), ("researcher", 10, _RESEARCHER), ("lead", 50, _LEAD), (ADMIN, 100, _ADMIN))
-    for number, (name, priority, more) in enumerate(rows, 1):
+    rows = (
+        ("viewer", 0, _VIEWER, 0),
+        ("researcher", 10, _RESEARCHER, 10),
+        ("lead", 50, _LEAD, 20),
+        (ADMIN, 100, _ADMIN, 30),
+    )
+    for number, (name, priority, more, job_priority) in enumerate(rows, 1):
         held |= frozenset(more.split())
-        levels[name] = UserLevel(number, name, priority, held)
+        levels[name] = UserLevel(number, name, priority, held, job_priority)
     return levels
 
 
@@ -51,6 +57,11 @@ def rights_of(levels: Iterable[str], granted: Iterable[str], denied: Iterable[st
     """(levels + grants − denials); levels that are no longer known confer nothing."""
     held = frozenset(granted).union(*(LEVELS[name].permissions for name in levels if name in LEVELS))
     return held - frozenset(denied)
+
+
+def base_priority_of(levels: Iterable[str]) -> int:
+    """Of the jobs of a user with `levels`, the highest of them."""
+    return max((LEVELS[name].job_priority for name in levels if name in LEVELS), default=0)
 
 
 def within(permissions: Iterable[str], scope: Iterable[str]) -> frozenset[str]:

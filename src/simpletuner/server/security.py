@@ -25,6 +25,7 @@ from simpletuner.server.settings import ServerSettings
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 PUBLIC_DOCS = frozenset({"/docs", "/redoc", "/openapi.json"})
 LOGIN_PAGE = "/login"
+LOGIN_STYLE = "/login/style.css"
 AUTH_PREFIXES = ("/api/cloud/auth/", "/api/auth/")
 BEFORE_SETUP = frozenset({"setup/status", "setup/first-admin"})
 PUBLIC_AUTH = BEFORE_SETUP | {"login", "logout", "register"}
@@ -112,7 +113,7 @@ async def _identify(
 
 
 def is_public(path: str, settings: ServerSettings, *, has_admin: bool) -> bool:
-    if path == "/health" or path.startswith("/health/") or path == LOGIN_PAGE:
+    if path == "/health" or path.startswith("/health/") or path in {LOGIN_PAGE, LOGIN_STYLE}:
         return True
     if _auth_route(path) in (PUBLIC_AUTH if has_admin else BEFORE_SETUP):
         return True

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from simpletuner.errors import UserError
+from simpletuner.events import EventType
 from simpletuner.server.core import Core
 from simpletuner.server.identity import Identity
 from simpletuner.server.rights import denied
@@ -13,6 +14,11 @@ from simpletuner.store.job_row import JobRow
 
 VIEW = "job.view"
 CANCEL = "job.cancel"
+SERVER_EVENTS: Mapping[EventType, str] = {
+    EventType.CONFIG_UPDATED: "config.view",
+    EventType.QUEUE_UPDATED: "queue.view",
+}
+"""The permission to see those of no job."""
 
 
 def find_job(core: Core, identity: Identity, job_id: str, verb: str = VIEW) -> JobRow:
@@ -39,8 +45,12 @@ def owner_filter(identity: Identity) -> str | None:
 
 
 def within_sight(core: Core, identity: Identity, wanted: EventFilter) -> EventFilter:
-    """Without a job, events of those that are seen."""
-    owner = owner_filter(identity)
-    if owner is None or wanted.job_id is not None:
+    """Without a job, events of those that are seen, and the server's own by permission."""
+    if wanted.job_id is not None:
         return wanted
-    return EventFilter(types=wanted.types, sees=lambda: core.store.jobs.ids(user_id=owner))
+    owner = owner_filter(identity)
+    allowed = frozenset(type_ for type_, permission in SERVER_EVENTS.items() if identity.may(permission))
+    server_types = None if owner is None and len(allowed) == len(SERVER_EVENTS) else allowed
+    if owner is None:
+        return EventFilter(types=wanted.types, server_types=server_types)
+    return EventFilter(types=wanted.types, server_types=server_types, sees=lambda: core.store.jobs.ids(user_id=owner))

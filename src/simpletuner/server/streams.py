@@ -64,7 +64,11 @@ async def follow(core: Core, wanted: EventFilter, since_index: int | None, strea
     """Every event from `since_index` on once and in order, until `stream` is ended; None begins now."""
     loop = asyncio.get_running_loop()
     with core.feed.subscribe(wanted) as subscription:
-        stream.when_ended(lambda: loop.call_soon_threadsafe(subscription.close))
+
+        def close() -> None:
+            loop.call_soon_threadsafe(subscription.close)
+
+        stream.when_ended(close)
         # Subscribed before the store is read: what comes in between is in the queue.
         newest = await asyncio.to_thread(core.store.events.newest_index)
         start = newest + 1 if since_index is None else since_index

@@ -25,7 +25,9 @@ class EventFilter:
     job_id: str | None = None
     types: tuple[str, ...] = ()
     sees: Callable[[], set[str]] | None = None
-    """The only jobs whose events are wanted, asked anew each time."""
+    """The only jobs whose events are wanted, asked anew each time; None for all."""
+    server_types: frozenset[str] | None = None
+    """The only types of events without a job that are wanted; None for all."""
 
     @classmethod
     def parse(cls, *, job_id: str | None = None, types: Iterable[str] = ()) -> EventFilter:
@@ -39,7 +41,7 @@ class EventFilter:
     def accepts(self, *, job_id: str | None, type_: str) -> bool:
         if self.job_id is not None and job_id != self.job_id:
             return False
-        if self.sees is not None and job_id not in self.sees():
+        if not self._is_in_sight(job_id, type_):
             return False
         return not self.types or self._pattern.fullmatch(type_) is not None
 
@@ -47,11 +49,19 @@ class EventFilter:
         wanted: list[ColumnElement[bool]] = []
         if self.job_id is not None:
             wanted.append(events.c.job_id == self.job_id)
+        of_server = events.c.job_id.is_(None)
+        if self.server_types is not None:
+            wanted.append(or_(~of_server, events.c.type.in_(self.server_types)))
         if self.sees is not None:
-            wanted.append(among(events.c.job_id, self.sees()))
+            wanted.append(or_(of_server, among(events.c.job_id, self.sees())))
         if self.types:
             wanted.append(or_(*(events.c.type.like(_as_like(glob), escape="\\") for glob in self.types)))
         return and_(True, *wanted)
+
+    def _is_in_sight(self, job_id: str | None, type_: str) -> bool:
+        if job_id is None:
+            return self.server_types is None or type_ in self.server_types
+        return self.sees is None or job_id in self.sees()
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:

@@ -80,7 +80,7 @@ class JobQuery:
     statuses: tuple[JobStatus, ...] = ()
     target: str | None = None
     config_name: str | None = None
-    user_id: str | None = None
+    user_ids: tuple[str, ...] = ()
     seen_user_id: str | None = None  # the only one whose jobs the asker sees
     since: str | None = None
     limit: int = 100

@@ -220,11 +220,12 @@ def _filtered(statement: Select[Any], query: JobQuery) -> Select[Any]:
     for column, value in (
         (jobs.c.target, query.target),
         (jobs.c.config_name, query.config_name),
-        (jobs.c.user_id, query.user_id),
         (jobs.c.user_id, query.seen_user_id),
     ):
         if value is not None:
             statement = statement.where(column == value)
+    if query.user_ids:
+        statement = statement.where(jobs.c.user_id.in_(query.user_ids))
     if query.since is not None:
         statement = statement.where(jobs.c.created_at >= query.since)
     return statement

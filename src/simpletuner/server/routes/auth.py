@@ -127,14 +127,22 @@ def create_first_admin(
 )
 def login(core: CoreDep, request: Request, response: Response, note: AuditDep, body: LoginBody) -> LoggedIn:
     """By user name or e-mail address; sets the session's cookie."""
+    user = log_in(core, request, response, note, body.username, body.password, long=body.remember_me)
+    return LoggedIn(user=show_user(user), message=f"Logged in as {user.username}")
+
+
+def log_in(
+    core: Core, request: Request, response: Response, note: AuditNote, name: str, password: str, *, long: bool
+) -> UserRow:
+    """Puts the session's cookie into `response`. Raises as `Accounts.log_in`, with that on record."""
     try:
-        user = core.accounts.log_in(body.username, body.password)
+        user = core.accounts.log_in(name, password)
     except UserError as error:
-        note.action, note.actor, note.even_refused = "auth.login_failed", body.username, True
+        note.action, note.actor, note.even_refused = "auth.login_failed", name, True
         note.detail = {"reason": "backing off" if isinstance(error, RateLimited) else error.code}
         raise
-    _begin(core, user, request, response, note, long=body.remember_me)
-    return LoggedIn(user=show_user(user), message=f"Logged in as {user.username}")
+    _begin(core, user, request, response, note, long=long)
+    return user
 
 
 def _begin(core: Core, user: UserRow, request: Request, response: Response, note: AuditNote, *, long: bool) -> None:
@@ -143,10 +151,14 @@ def _begin(core: Core, user: UserRow, request: Request, response: Response, note
     note.actor, note.actor_id, note.target = user.username, str(user.id), user.username
 
 
-@router.post("/logout", operation_id="logout", dependencies=[public()])
-def logout(core: CoreDep, request: Request, response: Response) -> Success:
+@router.post("/logout", operation_id="logout", dependencies=[public(), audits("auth.logout")])
+def logout(core: CoreDep, request: Request, response: Response, note: AuditDep) -> Success:
     """Ends the session of the cookie, if there is one."""
+    note.nothing_done = True
     for token in session_tokens(request.headers):
+        ended = core.accounts.identify_session(token)
+        if ended is not None:
+            note.nothing_done, note.actor, note.actor_id = False, ended.name, ended.user_id
         core.accounts.end_session(token)
     response.headers.append("Set-Cookie", clearing_cookie(request.scope))
     return Success()

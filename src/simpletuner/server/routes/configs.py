@@ -20,7 +20,7 @@ from simpletuner.server.config_view import dashed, mask, secret_names, unmask
 from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.environment_view import Findings, Meta, find_problems, show_environment, shown_path
 from simpletuner.server.errors import error_responses
-from simpletuner.server.hooks import require_hooks
+from simpletuner.server.hooks import hook_warnings, require_hooks
 from simpletuner.server.identity import Identity
 from simpletuner.server.option_body import OptionBody
 from simpletuner.server.owners import DELETE, find_changeable
@@ -283,13 +283,13 @@ def deactivate_config(core: CoreDep, name: str) -> Activated:
 @router.post(
     "/{name}/validate", operation_id="validate_environment", dependencies=[needs("config.view")], responses=UNKNOWN
 )
-def validate_environment(core: CoreDep, name: str) -> ValidateAnswer:
+def validate_environment(core: CoreDep, identity: IdentityDep, name: str) -> ValidateAnswer:
     """What a start of this environment would say."""
     resolution = ask(core, OptionBody({}), core.environments.folder(name).name, for_start=False).resolution
     return ValidateAnswer(
         valid=not resolution.errors,
         errors=show_problems(resolution.errors),
-        warnings=show_problems(resolution.warnings),
+        warnings=show_problems([*resolution.warnings, *hook_warnings(identity, resolution.values)]),
         resolved_config=mask(resolution.dashed_values(), secret_names(resolution.values.get("model_family"))),
         provenance=resolution.provenance(),
     )

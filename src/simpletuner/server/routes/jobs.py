@@ -63,7 +63,7 @@ def list_jobs(
     status: Annotated[list[JobStatus] | None, Query()] = None,
     target: str | None = None,
     config_name: str | None = None,
-    user: str | None = None,
+    user: Annotated[str | None, Query(description="Id or name of a user.", max_length=254)] = None,
     since: Annotated[str | None, Query(description="Created at or after this time.", max_length=40)] = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 100,
     offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
@@ -73,7 +73,7 @@ def list_jobs(
         statuses=tuple(status or ()),
         target=target,
         config_name=config_name,
-        user_id=user,
+        user_ids=() if user is None else _user_ids(core, user),
         seen_user_id=owner_filter(identity),
         since=since,
         limit=limit,
@@ -82,6 +82,11 @@ def list_jobs(
     page = core.store.jobs.find(query)
     response.headers["X-Total-Count"] = str(page.total)
     return JobList(jobs=show_jobs(core, page.jobs), total=page.total)
+
+
+def _user_ids(core: Core, user: str) -> tuple[str, ...]:
+    named = core.store.users.by_login(user)
+    return (user,) if named is None else (user, str(named.id))
 
 
 @router.get("/{job_id}", operation_id="get_job", dependencies=[needs("job.view.*")], responses=UNKNOWN)

@@ -16,8 +16,10 @@ import simpletuner
 from simpletuner.events import utc_now
 from simpletuner.job import ACTIVE, JobStatus
 from simpletuner.server.audit_trail import audits
-from simpletuner.server.core import Core, CoreDep
+from simpletuner.server.core import Core, CoreDep, IdentityDep
+from simpletuner.server.identity import Identity
 from simpletuner.server.rights import needs
+from simpletuner.server.sight import owner_filter
 
 router = APIRouter(prefix="/api/system", tags=["system", "training"])
 
@@ -75,7 +77,7 @@ class ShuttingDown(BaseModel):
 @router.get(
     "/status", operation_id="system_status", dependencies=[needs("system.view")], response_model_exclude_unset=True
 )
-def system_status(core: CoreDep, include_allocation: bool = False) -> SystemStatus:
+def system_status(core: CoreDep, identity: IdentityDep, include_allocation: bool = False) -> SystemStatus:
     devices = core.placement.devices
     accelerators = [device for device in devices if device.kind != "cpu"]
     disk = shutil.disk_usage(core.settings.workspace)
@@ -92,20 +94,21 @@ def system_status(core: CoreDep, include_allocation: bool = False) -> SystemStat
         ),
     )
     if include_allocation:
-        status.gpu_allocation = read_allocation(core)
+        status.gpu_allocation = read_allocation(core, identity)
     return status
 
 
-def read_allocation(core: Core) -> Allocation:
-    """Every device is either allocated or available."""
+def read_allocation(core: Core, identity: Identity) -> Allocation:
+    """Every device is either allocated or available; who may not see its job sees that it is taken."""
     leases = core.store.jobs.leases()
+    shown = set(leases.values()) & core.store.jobs.ids(user_id=owner_filter(identity))
     uses = [
         DeviceUse(
             index=device.index,
             name=device.name,
             memory_gb=device.memory_gb,
             allocated=device.index in leases,
-            job_id=leases.get(device.index),
+            job_id=job_id if (job_id := leases.get(device.index)) in shown else None,
         )
         for device in core.placement.devices
     ]

@@ -15,7 +15,7 @@ from simpletuner.server.config_view import mask, secret_names
 from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.environment_view import shown_path
 from simpletuner.server.errors import ErrorItem, error_responses, request_id_of
-from simpletuner.server.hooks import require_hooks
+from simpletuner.server.hooks import hook_warnings, require_hooks
 from simpletuner.server.idempotency import REPLAYED_HEADER, IdempotencyKey, build_claim, find_answer
 from simpletuner.server.launch import NOT_WRITTEN, Launched, LaunchOptions, launch, may_write
 from simpletuner.server.negotiation import (
@@ -27,7 +27,7 @@ from simpletuner.server.negotiation import (
 from simpletuner.server.option_body import OptionBodyDep, option_body_schema
 from simpletuner.server.owners import find_changeable
 from simpletuner.server.rate_limit import START
-from simpletuner.server.rights import limited, needs
+from simpletuner.server.rights import limited, needs, require
 
 router = APIRouter(prefix="/api/training", tags=["training", "configurations"])
 
@@ -84,13 +84,19 @@ def show_problems(problems: list[Problem]) -> list[ErrorItem]:
     openapi_extra=option_body_schema(EXAMPLE),
 )
 def validate_config(
-    core: CoreDep, request: Request, body: OptionBodyDep, environment: Environment = None, deep: bool = False
+    core: CoreDep,
+    identity: IdentityDep,
+    request: Request,
+    body: OptionBodyDep,
+    environment: Environment = None,
+    deep: bool = False,
 ) -> Response:
     """What a start would say; nothing is written. HTML unless JSON is asked for."""
     if deep:
         raise UserError("not_implemented", "A deep validation is not built yet.", hint="Leave deep out.")
     resolution = ask(core, body, environment, for_start=False).resolution
-    errors, warnings = resolution.errors, resolution.warnings
+    errors = resolution.errors
+    warnings = [*resolution.warnings, *hook_warnings(identity, resolution.values)]
     status = 422 if errors else 200
     if wants_html_by_default(request.headers):
         return HTMLResponse(problem_fragment(valid=not errors, errors=errors, warnings=warnings), status)
@@ -137,11 +143,13 @@ def start_training(
     asked = ask(core, body, environment, for_start=True)
     asked.resolution.require()
     require_hooks(identity, asked.resolution.values)
+    if priority is not None and priority > identity.base_priority:
+        require(identity, "job.priority.high")
     writes = may_write(core, identity, asked)
     options = LaunchOptions(
         no_wait=no_wait,
         any_gpu=any_gpu,
-        priority=priority,
+        priority=identity.base_priority if priority is None else priority,
         user_id=identity.user_id,
         claim=claim,
         writes_environment=writes,
