@@ -49,13 +49,14 @@ auth             PATCH  /api/users/me/profile
 audit.view       GET    /api/audit
 config.view      GET    /api/configs /api/configs/examples /api/configs/active /api/configs/schema
 config.view      GET    /api/configs/{name} /api/configs/{name}/dataloader /api/configs/{name}/lycoris
-config.view      GET    /api/configs/{name}/export
+config.view      GET    /api/configs/{name}/export /api/configs/{name}/history /api/configs/{name}/history/{etag}
+config.view      GET    /api/configs/{name}/ledger
 config.view      POST   /api/configs/{name}/validate
 config.create    POST   /api/configs /api/configs/environments /api/configs/{name}/copy /api/configs/import
 config.activate  POST   /api/configs/{name}/activate /api/configs/{name}/deactivate
 config.edit.*    PUT    /api/configs/{name} /api/configs/{name}/dataloader /api/configs/{name}/lycoris
 config.edit.*    PATCH  /api/configs/{name}
-config.edit.*    POST   /api/configs/{name}/rename /api/configs/{name}/dataloader
+config.edit.*    POST   /api/configs/{name}/rename /api/configs/{name}/dataloader /api/configs/{name}/restore
 config.delete.*  DELETE /api/configs/{name}
 config.edit.*    GET    /api/configs/webhooks /api/configs/webhooks/{name}
 config.edit.*    POST   /api/configs/webhooks /api/configs/webhooks/{name}/test

@@ -117,7 +117,7 @@ def test_every_route_refuses_a_bad_key(shared_server: ServerProcess) -> None:
             answer = shared_server.http.request(method.upper(), url, headers={"X-API-Key": "st_wrong"})
             assert answer.status_code == 401, (method, path)
             assert answer.headers["WWW-Authenticate"] == "Bearer"
-            assert answer.json()["code"] == "invalid_credentials"
+            assert method == "head" or answer.json()["code"] == "invalid_credentials"
 
 
 def test_a_bad_cookie_is_cleared(shared_server: ServerProcess) -> None:

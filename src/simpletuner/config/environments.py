@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -14,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
+from simpletuner.config.history import BACKUPS, etag_of, note_author
 from simpletuner.config.json_text import duplicate_problems, read_json
 from simpletuner.config.lycoris import FILE as LYCORIS_FILE
 from simpletuner.config.option import OptionField
@@ -127,7 +127,9 @@ class Environments:
         layer = layer_from_mapping(stored.config, name=f"environment:{name}", known=known, is_text=is_text)
         return Layer(layer.name, layer.values, (*stored.problems, *layer.problems), is_text)
 
-    def write(self, name: str, config: Mapping[str, Any], *, if_match: str | None = None) -> str:
+    def write(
+        self, name: str, config: Mapping[str, Any], *, if_match: str | None = None, author: str | None = None
+    ) -> str:
         """Replace the configuration whole; returns the new ETag. Raises UserError `etag_mismatch`."""
         stored = self.read(name)
         check_etag(if_match, stored.etag)
@@ -136,6 +138,7 @@ class Environments:
             target = stored.path.with_name("config.json")
             self._back_up(stored.path)
             write_atomic(target, content)
+            note_author(target.parent, content, author)
             if stored.path != target:
                 stored.path.unlink()
             self.write_metadata(name, {"modified_at": utc_now()})
@@ -177,23 +180,24 @@ class Environments:
         return value, duplicate_problems(duplicates, name=path.name), etag_of(content)
 
     def write_dataloader(
-        self, name: str, datasets: list[Any], *, if_match: str | None = None
+        self, name: str, datasets: list[Any], *, if_match: str | None = None, author: str | None = None
     ) -> tuple[str, Path | None]:
         """`(etag, backup)`."""
-        return self._write(self.dataloader_path(name), datasets, if_match)
+        return self._write(self.dataloader_path(name), datasets, if_match, author)
 
     def write_lycoris(
-        self, name: str, config: dict[str, Any], *, if_match: str | None = None
+        self, name: str, config: dict[str, Any], *, if_match: str | None = None, author: str | None = None
     ) -> tuple[str, Path | None]:
         """`(etag, backup)`."""
-        return self._write(self.lycoris_path(name), config, if_match)
+        return self._write(self.lycoris_path(name), config, if_match, author)
 
-    def _write(self, path: Path, value: Any, if_match: str | None) -> tuple[str, Path | None]:
+    def _write(self, path: Path, value: Any, if_match: str | None, author: str | None) -> tuple[str, Path | None]:
         if path.exists():
             check_etag(if_match, etag_of(path.read_bytes()))
         backup = self._back_up(path)
         content = to_json(value)
         write_atomic(path, content)
+        note_author(path.parent, content, author)
         return etag_of(content), backup
 
     def delete(self, name: str) -> None:
@@ -214,7 +218,7 @@ class Environments:
         """It belongs to `owner`."""
         folder, target = self.folder(name), self.check_new_name(target)
         beside = self.root / f".{target}.{time.monotonic_ns()}.tmp"
-        shutil.copytree(folder, beside, ignore=shutil.ignore_patterns(".backups"))
+        shutil.copytree(folder, beside, ignore=shutil.ignore_patterns(BACKUPS))
         notes = self.read_metadata(name) | {"created_at": utc_now(), "modified_at": utc_now(), "owner": owner}
         write_atomic(beside / ".metadata.json", to_json(notes))
         beside.rename(self.root / target)
@@ -235,17 +239,13 @@ class Environments:
     def _back_up(self, path: Path) -> Path | None:
         if not path.exists():
             return None
-        folder = path.parent / ".backups"
+        folder = path.parent / BACKUPS
         folder.mkdir(exist_ok=True)
         backup = folder / f"{path.name}.{time.time_ns()}"
         shutil.copy2(path, backup)
         for old in sorted(folder.glob(f"{path.name}.*"))[:-_BACKUPS_KEPT]:
             old.unlink()
         return backup
-
-
-def etag_of(content: bytes) -> str:
-    return f'"{hashlib.sha256(content).hexdigest()[:32]}"'
 
 
 def check_etag(wanted: str | None, current: str) -> None:

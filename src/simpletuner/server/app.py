@@ -25,6 +25,7 @@ from simpletuner.server.routes import (
     environments,
     events,
     health,
+    history,
     jobs,
     keys,
     ledger,
@@ -120,6 +121,7 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(environments.router)
     app.include_router(ledger.router)
     app.include_router(lycoris.router)
+    app.include_router(history.router)
     app.include_router(users.router)
     app.include_router(audit.router)
     app.include_router(registration.router)

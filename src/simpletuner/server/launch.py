@@ -35,6 +35,7 @@ class LaunchOptions:
     any_gpu: bool = False
     priority: int
     user_id: str | None = None
+    user_name: str | None = None
     claim: Claim | None = None
     writes_environment: bool = True
 
@@ -75,7 +76,7 @@ def launch(core: Core, asked: Asked, options: LaunchOptions) -> Launched:
         if options.claim and core.store.jobs.claimed(options.claim.user_id, options.claim.key):
             raise UserError("in_flight", "A request with this Idempotency-Key is being served.")
         if options.writes_environment:
-            _write_environment(core, asked, name, options.user_id)
+            _write_environment(core, asked, name, owner=options.user_id, author=options.user_name)
 
     submitted = submit(submission, store=core.store, supervisor=core.supervisor, before_accept=write_environment)
     file = core.settings.config_dir / name / "config.json" if options.writes_environment else None
@@ -108,7 +109,7 @@ def launch_environment(core: Core, name: str) -> Submitted | None:
     return launch(core, asked, LaunchOptions(priority=LOCAL.base_priority, user_id=LOCAL.user_id)).submitted
 
 
-def _write_environment(core: Core, asked: Asked, name: str, owner: str | None) -> None:
+def _write_environment(core: Core, asked: Asked, name: str, *, owner: str | None, author: str | None) -> None:
     if asked.environment is None:
         core.environments.create(name, asked.merged({}), {"adhoc": True, "owner": owner}, None)
         core.store.settings.set(ACTIVE_ENVIRONMENT, name)
@@ -117,7 +118,7 @@ def _write_environment(core: Core, asked: Asked, name: str, owner: str | None) -
         merged = asked.merged(stored)
         if merged == stored:
             return
-        core.environments.write(name, merged)
+        core.environments.write(name, merged, author=author)
     core.announce_config(name, "changed")
 
 

@@ -212,7 +212,9 @@ def put_config(
     """Replace the configuration whole. What contradicts itself is stored and reported; unknown options are refused."""
     name = find_changeable(core, identity, name)
     stored = core.environments.read(name).config
-    core.environments.write(name, checked(identity, unmask(dashed(body.config), stored)), if_match=if_match)
+    core.environments.write(
+        name, checked(identity, unmask(dashed(body.config), stored)), if_match=if_match, author=identity.name
+    )
     if notes := notes_of(body):
         core.environments.write_metadata(name, notes)
     return edited(core, name, "updated", response)
@@ -232,7 +234,7 @@ def patch_config(
     stored = core.environments.read(name).config
     merged = stored | unmask(dashed(body.config), stored)
     kept = {option: value for option, value in merged.items() if value is not None}
-    core.environments.write(name, checked(identity, kept), if_match=if_match)
+    core.environments.write(name, checked(identity, kept), if_match=if_match, author=identity.name)
     if notes := notes_of(body):
         core.environments.write_metadata(name, notes)
     return edited(core, name, "updated", response)

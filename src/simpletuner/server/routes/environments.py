@@ -240,7 +240,7 @@ def put_dataloader(
     """The list itself, or `{config: list}`."""
     name = find_changeable(core, identity, name)
     datasets = body.config if isinstance(body, PutDataloader) else body
-    etag, _ = core.environments.write_dataloader(name, list(datasets), if_match=if_match)
+    etag, _ = core.environments.write_dataloader(name, list(datasets), if_match=if_match, author=identity.name)
     core.announce_config(name, "changed")
     response.headers["ETag"] = etag
     return DataloaderView(content=datasets, path=_place(core, name).path, warnings=[])
@@ -273,7 +273,7 @@ def create_dataloader(
     if not isinstance(config.get("--model_family"), str):
         raise UserError("invalid_config", f"{name} names no model_family.", hint="Set it first.")
     datasets = _starter(core, name, config) if asked.include_defaults else []
-    _, backup = core.environments.write_dataloader(name, datasets)
+    _, backup = core.environments.write_dataloader(name, datasets, author=identity.name)
     core.announce_config(name, "changed")
     return MadeDataloader(
         message=f"Dataset file of {name} written",
@@ -324,13 +324,13 @@ def import_config(core: CoreDep, identity: IdentityDep, body: ImportRequest, res
     kept = {key: notes[key] for key in ("description", "tags") if key in notes}
     if body.overwrite and name in core.environments.names():
         name = find_changeable(core, identity, name)
-        core.environments.write(name, config)
+        core.environments.write(name, config, author=identity.name)
         core.environments.write_metadata(name, kept)
         if datasets is not None:
-            core.environments.write_dataloader(name, datasets)
+            core.environments.write_dataloader(name, datasets, author=identity.name)
     else:
         kept["owner"] = identity.user_id
         core.environments.create(core.environments.check_new_name(name), config, kept, datasets)
     if lycoris is not None:
-        core.environments.write_lycoris(name, cast(dict[str, Any], lycoris))
+        core.environments.write_lycoris(name, cast(dict[str, Any], lycoris), author=identity.name)
     return edited(core, name, "imported", response)

@@ -65,7 +65,7 @@ def put_lycoris(
     name = find_changeable(core, identity, name)
     if problems := check_lycoris_config(body.config):
         raise UserError("invalid_config", problems[0].message, hint=problems[0].hint, problems=problems)
-    etag, _ = core.environments.write_lycoris(name, body.config, if_match=if_match)
+    etag, _ = core.environments.write_lycoris(name, body.config, if_match=if_match, author=identity.name)
     core.announce_config(name, "changed")
     response.headers["ETag"] = etag
     return LycorisView(content=body.config, path=f"{name}/{FILE}", warnings=[])

@@ -151,6 +151,7 @@ def start_training(
         any_gpu=any_gpu,
         priority=identity.base_priority if priority is None else priority,
         user_id=identity.user_id,
+        user_name=identity.name,
         claim=claim,
         writes_environment=writes,
     )
@@ -210,7 +211,7 @@ def update_active_config(
     changes = {f"--{option}": value for option, value in typed_values(layer, known).items()}
     merged = {option: value for option, value in (stored | changes).items() if value is not None}
     require_hooks(identity, merged)
-    etag = core.environments.write(name, merged)
+    etag = core.environments.write(name, merged, author=identity.name)
     core.announce_config(name, "changed")
     warnings = [problem for problem in layer.problems if problem.level == "warning"]
     return ConfigAnswer(message=f"{name} updated", config_name=name, etag=etag, warnings=show_problems(warnings))
