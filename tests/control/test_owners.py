@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from account_world import AccountWorld
 from httpx2 import Response
+from PIL import Image
 
 DATASET = {
     "id": "pictures",
@@ -44,6 +45,7 @@ def make_by_hand(world: AccountWorld, name: str) -> None:
 def options(world: AccountWorld) -> dict[str, Any]:
     pictures = world.workspace / "pictures"
     pictures.mkdir(exist_ok=True)
+    Image.new("RGB", (64, 64)).save(pictures / "a.png")
     file = world.workspace / "datasets.json"
     file.write_text(json.dumps([DATASET | {"instance_data_dir": str(pictures)}]))
     return CONFIG | {"--data_backend_config": str(file), "--max_train_steps": 9}

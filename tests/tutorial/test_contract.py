@@ -30,6 +30,8 @@ SAYS = {
     "+ the end of the first run": r'true.*"name": "adhoc-\w+",\n  "prompt": "test shot of <token>".*no_active_job'
     r".*no_active_job",
     "309": r'"status": "running"',
+    "429": r'"success":true.*already_exists.*bad_path.*path_outside_root',
+    "438": r'"files_uploaded":8,"folder":"[^"]*pixart-upload".*"files_uploaded":2,"errors":0.*\n10\n',
     "458": r"pixart-api-demo/multidatabackend\.json.*already_exists.*body_required",
     "515": r'"errors":\[\].*\[\["pixart","api"\],3\.8,true,(\d+),\1\]',
     "556": r'"active":"pixart-api-demo"',
@@ -43,9 +45,14 @@ SAYS = {
     "898": r'"kontext-api-demo","pixart-api-demo".*true.*"already_exists".*\.backups.*"idle".*'
     r'"allocated_gpus","available_gpus","devices","running_local_jobs"',
     "915": r"equal",
+    "160": r'"success":true.*"admin".*false.*setup_done',
+    "175": r'"success":true.*invalid_credentials.*"prefix":"st_\w{8}"',
+    "190 with accounts": r'unauthenticated.*invalid_credentials.*"idle"',
+    "200": r'\["researcher"\].*already_exists.*true.*permission_denied.*in no file',
 }
 REFUSED = {
-    ("190", 401), ("263 without a run length", 422), ("+ the end of the first run", 400),
+    ("190", 401), ("429", 409), ("429", 400), ("429", 403), ("160", 409), ("175", 401), ("190 with accounts", 401),
+    ("200", 409), ("200", 403), ("263 without a run length", 422), ("+ the end of the first run", 400),
     ("458", 409), ("458", 422), ("585", 400), ("585", 404), ("898", 409),
 }  # fmt: skip
 PICTURES = """
@@ -92,7 +99,7 @@ def statuses(answers: list[Answer]) -> set[tuple[str, int]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(WITHIN_S + 60)
-def test_the_contract_runs_on_an_open_server(server: ServerProcess) -> None:
+def test_the_contract_runs_until_a_team_takes_over(server: ServerProcess) -> None:
     place = server.workspace
     receiver = Receiver()
 

@@ -27,7 +27,10 @@ class Parts:
         self._spec = spec
         self._shapes_only = shapes_only
         self.repository = Repository(
-            model.pretrained_model_name_or_path, revision=model.revision, variant=model.variant
+            model.pretrained_model_name_or_path,
+            revision=model.revision,
+            variant=model.variant,
+            without_weights=shapes_only,
         )
         self.vae = self._other(model.pretrained_vae_model_name_or_path)
         self.transformer = self._other(model.pretrained_transformer_model_name_or_path)
@@ -36,7 +39,9 @@ class Parts:
         self._vae_dtype = DTYPES.get(model.vae_dtype)
 
     def _other(self, name: str | None) -> Repository:
-        return Repository(name, variant=self.repository.variant) if name else self.repository
+        if not name:
+            return self.repository
+        return Repository(name, variant=self.repository.variant, without_weights=self._shapes_only)
 
     def load_denoiser(self, kind: Any, folder: Path | None = None) -> nn.Module:
         """A diffusers model of class `kind` from `folder` (a checkpoint's, an export's), else from the repository."""

@@ -11,11 +11,17 @@ from typing import Any
 
 from simpletuner.errors import ExitCode, UserError
 
+_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.h5"]
+
 
 class Repository:
     """Names the folder of each part (`vae`, `transformer`, …). Hub parts are fetched when first asked for."""
 
-    def __init__(self, name: str, *, revision: str | None = None, variant: str | None = None) -> None:
+    def __init__(
+        self, name: str, *, revision: str | None = None, variant: str | None = None, without_weights: bool = False
+    ) -> None:
+        """`without_weights`: of what is on the hub only configurations and tokenizers are fetched."""
+        self._ignored = _WEIGHTS if without_weights else None
         self.name = name
         self.revision = revision
         self.variant = variant
@@ -54,7 +60,12 @@ class Repository:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            return Path(snapshot_download(self.name, revision=self.revision, allow_patterns=[f"{subfolder}/*"]))
+            wanted = [f"{subfolder}/*"]
+            return Path(
+                snapshot_download(
+                    self.name, revision=self.revision, allow_patterns=wanted, ignore_patterns=self._ignored
+                )
+            )
         except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
             raise UserError(
                 "hub_unavailable",

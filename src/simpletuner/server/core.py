@@ -25,6 +25,7 @@ from simpletuner.jobs.webhook_post import Poster
 from simpletuner.jobs.webhook_target import TargetRules
 from simpletuner.jobs.webhooks import Courier
 from simpletuner.server.accounts import Accounts
+from simpletuner.server.deep import DeepValidation
 from simpletuner.server.identity import Identity
 from simpletuner.server.ledger import LedgerScans
 from simpletuner.server.rate_limit import RateLimiter
@@ -54,6 +55,7 @@ class Core:
     accounts: Accounts
     reception: Reception
     ledgers: LedgerScans
+    deep: DeepValidation
     limiter: RateLimiter = field(default_factory=RateLimiter)
     started_at: float = field(default_factory=time.monotonic)
 
@@ -96,6 +98,7 @@ class Core:
             accounts=Accounts(store, settings.state_dir),
             reception=reception,
             ledgers=LedgerScans(settings.workspace, environ),
+            deep=DeepValidation(settings.workspace, environ),
         )
 
     def job(self, job_id: str) -> JobRow:

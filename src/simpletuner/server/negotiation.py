@@ -46,14 +46,17 @@ def wants_html_strictly(headers: Headers) -> bool:
     return accepted.get("text/html", 0.0) > json_quality
 
 
-def problem_fragment(*, valid: bool, errors: Iterable[Problem], warnings: Iterable[Problem]) -> str:
-    """Never both phrases: the words of a problem are escaped, its code says which it is."""
+def problem_fragment(
+    *, valid: bool, errors: Iterable[Problem], warnings: Iterable[Problem], note: str | None = None
+) -> str:
+    """Never both phrases: the words of a problem are escaped, its code says which it is. `note` stands below."""
     kind, role, title = (
         ("success", "status", "Configuration Valid") if valid else ("danger", "alert", "Validation Failed")
     )
     rows = [_row(problem, "") for problem in errors] + [_row(problem, "Warning: ") for problem in warnings]
     listing = f"<ul>{''.join(rows)}</ul>" if rows else ""
-    return f'<div class="alert alert-{kind}" role="{role}"><strong>{title}</strong>{listing}</div>'
+    below = f"<p>{escape(note)}</p>" if note else ""
+    return f'<div class="alert alert-{kind}" role="{role}"><strong>{title}</strong>{listing}{below}</div>'
 
 
 def message_fragment(message: str, *, ok: bool, attributes: Mapping[str, str] | None = None) -> str:

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 
-from simpletuner.errors import Problem, UserError
+from simpletuner.errors import Problem, UserError, errors_of, warnings_of
 from simpletuner.server.asking import ask, known_options, typed_values
 from simpletuner.server.audit_trail import audits
 from simpletuner.server.config_view import mask, secret_names
@@ -49,6 +50,8 @@ class ValidateAnswer(BaseModel):
     warnings: list[ErrorItem]
     resolved_config: dict[str, Any]
     provenance: dict[str, str]
+    memory_plan: dict[str, Any] | None = None
+    """Of a deep validation: predicted peak bytes of each phase, on this machine."""
 
 
 class StartAnswer(BaseModel):
@@ -83,7 +86,7 @@ def show_problems(problems: list[Problem]) -> list[ErrorItem]:
     responses={200: {"content": {"text/html": {}}}, **error_responses("unknown_config", "unsupported_media_type")},
     openapi_extra=option_body_schema(EXAMPLE),
 )
-def validate_config(
+async def validate_config(
     core: CoreDep,
     identity: IdentityDep,
     request: Request,
@@ -91,21 +94,31 @@ def validate_config(
     environment: Environment = None,
     deep: bool = False,
 ) -> Response:
-    """What a start would say; nothing is written. HTML unless JSON is asked for."""
-    if deep:
-        raise UserError("not_implemented", "A deep validation is not built yet.", hint="Leave deep out.")
-    resolution = ask(core, body, environment, for_start=False).resolution
+    """What a start would say; nothing is written. HTML unless JSON is asked for.
+
+    `deep` looks at every file of the datasets and at the model's configuration, and predicts the memory of each phase:
+    a few seconds more, and the scans are kept for the start.
+    """
+    resolution = (await run_in_threadpool(ask, core, body, environment, for_start=False)).resolution
     errors = resolution.errors
     warnings = [*resolution.warnings, *hook_warnings(identity, resolution.values)]
+    plan = None
+    if deep and not errors:
+        found = await core.deep.look(resolution)
+        errors, plan = errors_of(found.problems), found.memory_plan
+        warnings += warnings_of(found.problems)
     status = 422 if errors else 200
     if wants_html_by_default(request.headers):
-        return HTMLResponse(problem_fragment(valid=not errors, errors=errors, warnings=warnings), status)
+        return HTMLResponse(
+            problem_fragment(valid=not errors, errors=errors, warnings=warnings, note=plan and plan["message"]), status
+        )
     answer = ValidateAnswer(
         valid=not errors,
         errors=show_problems(errors),
         warnings=show_problems(warnings),
         resolved_config=mask(resolution.dashed_values(), secret_names(resolution.values.get("model_family"))),
         provenance=resolution.provenance(),
+        memory_plan=plan,
     ).model_dump()
     if errors:
         error = UserError.from_problems(errors)

@@ -1,0 +1,56 @@
+"""The deep half of a validation: data, model and memory, looked at by the code that trains, in its own process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+
+from simpletuner.config.resolve import Resolution
+from simpletuner.errors import Level, Problem
+
+MODULE = "simpletuner.train.preflight"
+
+
+@dataclass(frozen=True, slots=True)
+class DeepFindings:
+    """`memory_plan`: bytes by phase, and a sentence; None where the data or the model cannot be read."""
+
+    problems: list[Problem]
+    memory_plan: dict[str, Any] | None
+
+
+class DeepValidation:
+    """One at a time: it takes a core for some seconds."""
+
+    def __init__(self, workspace: Path, environ: Mapping[str, str]) -> None:
+        self._workspace = workspace
+        self._environ = dict(environ)
+        self._free = asyncio.Semaphore(1)
+
+    async def look(self, resolution: Resolution) -> DeepFindings:
+        """Of a configuration without errors."""
+        config = resolution.require().to_flat()
+        request = json.dumps({"config": config, "datasets": resolution.datasets}).encode()
+        async with self._free:
+            return await run_in_threadpool(self._look, request)
+
+    def _look(self, request: bytes) -> DeepFindings:
+        done = subprocess.run(
+            [sys.executable, "-m", MODULE],
+            input=request,
+            stdout=subprocess.PIPE,
+            env=self._environ,
+            cwd=self._workspace,
+            check=True,
+        )
+        found = json.loads(done.stdout)
+        problems = [Problem(**{**row, "level": Level(row["level"])}) for row in found["problems"]]
+        return DeepFindings(problems, found["memory_plan"])
