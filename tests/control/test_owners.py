@@ -71,6 +71,15 @@ def test_every_way_to_make_one_records_its_maker(world: AccountWorld) -> None:
     for name in ("one", "two", "three", "four", five):
         assert meta(world, name)["owner"] == owner, name
     assert meta(world, "made")["owner"] == str(world.users["admin"].id)
+    trail = world.ask("GET", "/api/audit?actor=researcher", by="admin").json()["entries"]
+    made = [(entry["action"], entry["detail"].get("new_name") or entry["target"]) for entry in reversed(trail)]
+    assert made[:4] == [
+        ("config.create", "one"),
+        ("config.create", "two"),
+        ("config.copy", "three"),
+        ("config.import", "four"),
+    ]
+    assert (trail[0]["action"], trail[0]["detail"]) == ("job.start", {"environment": five})
 
 
 def edits(world: AccountWorld, name: str, by: str) -> Iterator[tuple[str, Response]]:

@@ -13,8 +13,10 @@ from account_world import AccountWorld
 from fastapi.routing import APIRoute, APIWebSocketRoute, iter_route_contexts
 from starlette.routing import Route
 
+from simpletuner.job import JobStatus
 from simpletuner.server.audit_trail import Audits
 from simpletuner.server.security import SAFE_METHODS
+from simpletuner.store.job_row import Move
 
 LEVELS = {
     "viewer": "api.access config.view dataset.view job.view.own queue.view system.view",
@@ -276,3 +278,18 @@ def test_the_job_of_another_is_not_there(world: AccountWorld) -> None:
     assert world.core.job(job_id).status == "queued"
     assert world.ask("GET", f"/api/jobs/{job_id}", by="lead").status_code == 200
     assert world.ask("DELETE", f"/api/jobs/{job_id}", by="lead").json()["code"] == "permission_denied"
+
+
+def test_an_output_folder_that_others_use_is_kept(world: AccountWorld) -> None:
+    """Two jobs of two users wrote into one folder."""
+    jobs = world.core.store.jobs
+    theirs, own = world.insert_job(str(world.users["admin"].id)), world.insert_job(str(world.users["researcher"].id))
+    for job in (theirs, own):
+        assert jobs.move(Move(job_id=job.job_id, from_=JobStatus.QUEUED, to=JobStatus.CANCELLED, attempt=1))
+    output = world.workspace / "output" / "demo"
+    output.mkdir(parents=True)
+    url = f"/api/jobs/{own.job_id}?purge_output=true"
+    assert "job.delete.all" in world.ask("DELETE", url, by="researcher").json()["detail"]
+    assert output.is_dir() and jobs.get(own.job_id) is not None
+    assert world.ask("DELETE", url, by="admin").status_code == 200
+    assert not output.exists()

@@ -14,6 +14,7 @@ from simpletuner.store.job_row import JobRow
 
 VIEW = "job.view"
 CANCEL = "job.cancel"
+DELETE = "job.delete"
 SERVER_EVENTS: Mapping[EventType, str] = {
     EventType.CONFIG_UPDATED: "config.view",
     EventType.QUEUE_UPDATED: "queue.view",

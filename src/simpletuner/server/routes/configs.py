@@ -15,7 +15,7 @@ from simpletuner.config.sources import layer_from_mapping
 from simpletuner.config.webhook_files import WebhookFiles
 from simpletuner.errors import UserError
 from simpletuner.server.asking import ask, known_options, typed_values
-from simpletuner.server.audit_trail import audits
+from simpletuner.server.audit_trail import AuditDep, audits
 from simpletuner.server.config_view import dashed, mask, secret_names, unmask
 from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.environment_view import Findings, Meta, find_problems, show_environment, shown_path
@@ -164,9 +164,9 @@ def get_config_schema() -> dict[str, Any]:
     status_code=201,
     responses=error_responses("already_exists"),
 )
-def create_config(core: CoreDep, identity: IdentityDep, body: NewConfig, response: Response) -> Edited:
+def create_config(core: CoreDep, identity: IdentityDep, note: AuditDep, body: NewConfig, response: Response) -> Edited:
     """A new environment with this configuration and nothing else."""
-    name = core.environments.check_new_name(body.name or "")
+    name = note.target = core.environments.check_new_name(body.name or "")
     config = checked(identity, body.config)
     core.environments.create(name, config, notes_of(body) | {"owner": identity.user_id}, None)
     return edited(core, name, "created", response)

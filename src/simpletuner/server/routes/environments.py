@@ -14,7 +14,7 @@ from simpletuner.config.model_options import AdapterOptions
 from simpletuner.errors import UserError
 from simpletuner.events import utc_now
 from simpletuner.families.registry import load_spec
-from simpletuner.server.audit_trail import audits
+from simpletuner.server.audit_trail import AuditDep, audits
 from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.environment_view import Meta, starter_datasets
 from simpletuner.server.errors import ErrorItem, did_you_mean, error_responses
@@ -116,9 +116,9 @@ class ImportRequest(_Body):
     status_code=201,
     responses=error_responses("not_found", "already_exists", "reserved_name"),
 )
-def create_environment(core: CoreDep, identity: IdentityDep, body: NewEnvironment) -> MadeEnvironment:
+def create_environment(core: CoreDep, identity: IdentityDep, note: AuditDep, body: NewEnvironment) -> MadeEnvironment:
     """A folder with the given identity and a starter dataset file."""
-    name = core.environments.check_new_name(body.name)
+    name = note.target = core.environments.check_new_name(body.name)
     config = _example(body.example) | _identity(name, body)
     datasets: list[Any] | None = None
     place = None
@@ -183,13 +183,14 @@ def _place(core: Core, name: str) -> DataloaderPlace:
     dependencies=[needs("config.edit.*"), audits("config.rename")],
     responses=error_responses("unknown_config", "already_exists"),
 )
-def rename_config(core: CoreDep, identity: IdentityDep, name: str, body: NewName) -> Moved:
+def rename_config(core: CoreDep, identity: IdentityDep, note: AuditDep, name: str, body: NewName) -> Moved:
     """Paths inside that begin with the old name follow, and so does the active name."""
     name = find_changeable(core, identity, name)
     was_active = core.active_environment() == name
     renamed = core.environments.rename(name, body.new_name).name
     if was_active:
         core.activate(renamed)
+    note.detail = {"new_name": renamed}
     core.announce_config(renamed, f"renamed from {name}")
     return Moved(message=f"{name} is now {renamed}", metadata=show(core, renamed))
 
@@ -201,10 +202,11 @@ def rename_config(core: CoreDep, identity: IdentityDep, name: str, body: NewName
     status_code=201,
     responses=error_responses("unknown_config", "already_exists"),
 )
-def copy_config(core: CoreDep, identity: IdentityDep, name: str, body: TargetName) -> Moved:
+def copy_config(core: CoreDep, identity: IdentityDep, note: AuditDep, name: str, body: TargetName) -> Moved:
     require_hooks(identity, core.environments.read(name).config)
     source = core.environments.folder(name).name
     copied = core.environments.copy(source, body.target_name, owner=identity.user_id).name
+    note.detail = {"new_name": copied}
     core.announce_config(copied, "created")
     return Moved(message=f"{name} copied to {copied}", metadata=show(core, copied))
 
@@ -306,7 +308,9 @@ def export_config(core: CoreDep, name: str, include_metadata: bool = True) -> di
     status_code=201,
     responses=error_responses("already_exists"),
 )
-def import_config(core: CoreDep, identity: IdentityDep, body: ImportRequest, response: Response) -> Edited:
+def import_config(
+    core: CoreDep, identity: IdentityDep, note: AuditDep, body: ImportRequest, response: Response
+) -> Edited:
     """An export, or a bare configuration with `name`."""
     is_export = isinstance(body.data.get("config"), dict)
     config = checked(identity, body.data["config"] if is_export else body.data)
@@ -331,6 +335,7 @@ def import_config(core: CoreDep, identity: IdentityDep, body: ImportRequest, res
     else:
         kept["owner"] = identity.user_id
         core.environments.create(core.environments.check_new_name(name), config, kept, datasets)
+    note.target = name
     if lycoris is not None:
         core.environments.write_lycoris(name, cast(dict[str, Any], lycoris), author=identity.name)
     return edited(core, name, "imported", response)

@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from simpletuner.errors import Problem, UserError, errors_of, warnings_of
 from simpletuner.server.asking import ask, known_options, typed_values
-from simpletuner.server.audit_trail import audits
+from simpletuner.server.audit_trail import AuditDep, audits
 from simpletuner.server.config_view import mask, secret_names
 from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.environment_view import shown_path
@@ -138,6 +138,7 @@ async def validate_config(
 def start_training(
     core: CoreDep,
     identity: IdentityDep,
+    note: AuditDep,
     request: Request,
     body: OptionBodyDep,
     environment: Environment = None,
@@ -152,6 +153,7 @@ def start_training(
     html = wants_html_strictly(request.headers)
     stored = find_answer(core, claim)
     if stored is not None:
+        note.nothing_done = True
         return _start_response(stored, html=html, replayed=True)
     asked = ask(core, body, environment, for_start=True)
     asked.resolution.require()
@@ -169,6 +171,7 @@ def start_training(
         writes_environment=writes,
     )
     launched = launch(core, asked, options)
+    note.target, note.detail = launched.submitted.job.job_id, {"environment": launched.config_name}
     warnings = asked.resolution.warnings if writes else [*asked.resolution.warnings, NOT_WRITTEN]
     answer = _start_answer(core, launched, warnings).model_dump()
     if claim is not None:
@@ -209,13 +212,13 @@ def _start_response(answer: dict[str, Any], *, html: bool, replayed: bool) -> Re
     openapi_extra=option_body_schema({"--learning_rate": 0.0001}, required=True),
 )
 def update_active_config(
-    core: CoreDep, identity: IdentityDep, body: OptionBodyDep, environment: Environment = None
+    core: CoreDep, identity: IdentityDep, note: AuditDep, body: OptionBodyDep, environment: Environment = None
 ) -> ConfigAnswer:
     """Merge options into the active environment; nothing starts."""
     asked = environment or core.active_environment()
     if asked is None:
         raise UserError("no_active_environment", "No environment is active.", hint="Activate one first.")
-    name = find_changeable(core, identity, asked)
+    name = note.target = find_changeable(core, identity, asked)
     stored = core.environments.read(name).config
     known = known_options(body.value("model_family") or stored.get("--model_family"))
     layer = body.layer(known)

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from simpletuner.errors import UserError
 from simpletuner.job import JobStatus
 from simpletuner.server import control
-from simpletuner.server.audit_trail import audits
+from simpletuner.server.audit_trail import AuditDep, audits
 from simpletuner.server.checkpoint_view import CheckpointCheck, CheckpointView, check_checkpoint, show_checkpoints
 from simpletuner.server.config_view import show_config
 from simpletuner.server.control import ControlAnswer, RequestAnswer
@@ -82,9 +82,11 @@ class CheckpointList(BaseModel):
     responses=error_responses("no_active_job", "unknown_job", "ambiguous_job", "job_not_running"),
     openapi_extra=JOB_BODY,
 )
-def stop_training(core: CoreDep, identity: IdentityDep, request: Request, job_id: JobIdDep) -> Response:
+def stop_training(core: CoreDep, identity: IdentityDep, note: AuditDep, request: Request, job_id: JobIdDep) -> Response:
     """Finish the step, save a checkpoint, end."""
-    return _negotiated(request, control.stop(core, identity, job_id), 202)
+    answer = control.stop(core, identity, job_id)
+    note.target = answer.job_id
+    return _negotiated(request, answer, 202)
 
 
 @router.post(
@@ -96,9 +98,12 @@ def stop_training(core: CoreDep, identity: IdentityDep, request: Request, job_id
     responses=ACTIVE_ERRORS,
     openapi_extra=JOB_BODY,
 )
-def cancel_training(core: CoreDep, identity: IdentityDep, request: Request, job_id: JobIdDep) -> Response:
+def cancel_training(
+    core: CoreDep, identity: IdentityDep, note: AuditDep, request: Request, job_id: JobIdDep
+) -> Response:
     """End now, without a checkpoint. 200 when it had ended already."""
     answer, changed = control.cancel(core, identity, job_id)
+    note.target, note.nothing_done = answer.job_id, not changed
     return _negotiated(request, answer, 202 if changed else 200)
 
 
@@ -116,9 +121,11 @@ def _negotiated(request: Request, answer: ControlAnswer, status: int) -> Respons
     responses=STEP_ERRORS,
     openapi_extra=JOB_BODY,
 )
-def run_validation(core: CoreDep, identity: IdentityDep, job_id: JobIdDep) -> RequestAnswer:
+def run_validation(core: CoreDep, identity: IdentityDep, note: AuditDep, job_id: JobIdDep) -> RequestAnswer:
     """Validate after the next gradient sync; the completion event carries the `request_id`."""
-    return control.request_step(core, identity, job_id, "validate")
+    answer = control.request_step(core, identity, job_id, "validate")
+    note.target = answer.job_id
+    return answer
 
 
 @router.post(
@@ -128,9 +135,11 @@ def run_validation(core: CoreDep, identity: IdentityDep, job_id: JobIdDep) -> Re
     responses=STEP_ERRORS,
     openapi_extra=JOB_BODY,
 )
-def run_checkpoint(core: CoreDep, identity: IdentityDep, job_id: JobIdDep) -> RequestAnswer:
+def run_checkpoint(core: CoreDep, identity: IdentityDep, note: AuditDep, job_id: JobIdDep) -> RequestAnswer:
     """Save a checkpoint after the next gradient sync."""
-    return control.request_step(core, identity, job_id, "checkpoint")
+    answer = control.request_step(core, identity, job_id, "checkpoint")
+    note.target = answer.job_id
+    return answer
 
 
 @router.get(
