@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from simpletuner.config.webhook import mask_webhooks
 from simpletuner.config.webhook_files import WebhookFiles
 from simpletuner.errors import UserError
-from simpletuner.server.audit_trail import audits
+from simpletuner.server.audit_trail import AuditDep, audits
 from simpletuner.server.core import Core, CoreDep
 from simpletuner.server.errors import error_responses
 from simpletuner.server.plain_json import check_plain
@@ -73,9 +73,10 @@ def list_webhooks(
     status_code=201,
     responses=error_responses("already_exists", "invalid_config"),
 )
-def create_webhook(core: CoreDep, body: NewWebhook) -> WebhookView:
+def create_webhook(core: CoreDep, note: AuditDep, body: NewWebhook) -> WebhookView:
     """An endpoint or a list of them, to be named by `--webhook_config webhooks/<name>.json`."""
-    return show_webhook(core, _files(core).create(body.name, body.config))
+    name = note.target = _files(core).create(body.name, body.config)
+    return show_webhook(core, name)
 
 
 @router.get("/{name}", operation_id="get_webhook", dependencies=[needs("config.edit.*")], responses=UNKNOWN)
