@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
-from simpletuner.config.history import BACKUPS, etag_of, note_author
+from simpletuner.config.history import AUTHORS, BACKUPS, etag_of, note_author
 from simpletuner.config.json_text import duplicate_problems, read_json
 from simpletuner.config.lycoris import FILE as LYCORIS_FILE
 from simpletuner.config.option import OptionField
@@ -218,7 +218,7 @@ class Environments:
         """It belongs to `owner`."""
         folder, target = self.folder(name), self.check_new_name(target)
         beside = self.root / f".{target}.{time.monotonic_ns()}.tmp"
-        shutil.copytree(folder, beside, ignore=shutil.ignore_patterns(BACKUPS))
+        shutil.copytree(folder, beside, ignore=shutil.ignore_patterns(BACKUPS, AUTHORS))
         notes = self.read_metadata(name) | {"created_at": utc_now(), "modified_at": utc_now(), "owner": owner}
         write_atomic(beside / ".metadata.json", to_json(notes))
         beside.rename(self.root / target)

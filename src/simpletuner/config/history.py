@@ -14,7 +14,7 @@ from simpletuner.events import utc_now
 from simpletuner.job import write_atomic
 
 BACKUPS = ".backups"
-_AUTHORS = "authors.json"
+AUTHORS = ".authors.json"
 _AUTHORS_KEPT = 100
 
 
@@ -35,18 +35,17 @@ def etag_of(content: bytes) -> str:
 
 def note_author(folder: Path, content: bytes, author: str | None) -> None:
     """Of a version that `author` has just written."""
-    path = folder / BACKUPS / _AUTHORS
+    path = folder / AUTHORS
     noted = _read_authors(path)
     etag = etag_of(content)
     noted.pop(etag, None)
     noted[etag] = {"author": author, "at": utc_now()}
-    path.parent.mkdir(exist_ok=True)
     write_atomic(path, json.dumps(dict(list(noted.items())[-_AUTHORS_KEPT:])).encode())
 
 
 def versions_of(file: Path) -> list[Version]:
     """Newest first, each content once; the first is the file as it is."""
-    noted = _read_authors(file.parent / BACKUPS / _AUTHORS)
+    noted = _read_authors(file.parent / AUTHORS)
     copies = sorted((file.parent / BACKUPS).glob(f"{file.name}.*"), reverse=True)
     found: dict[str, Version] = {}
     for path in [file, *copies] if file.exists() else copies:

@@ -202,7 +202,7 @@ class _Rows:
         rule = ResizeRule(self.dataset, alignment)
         for row, size in enumerate(sizes):
             if isinstance(size, UnreadablePicture):
-                self._drop(row, DropReason.UNREADABLE, str(size))
+                self._drop(row, DropReason.UNREADABLE, f"{self.files[row].path}: {size}")
                 continue
             plan = rule.plan(*size, stem_of(self.files[row].path))
             if isinstance(plan, DropReason):
@@ -238,7 +238,7 @@ class _Rows:
             if isinstance(content, bytes):
                 contents[row] = np.frombuffer(content, np.uint8)
             else:
-                self._drop(row, DropReason.UNREADABLE, str(content))
+                self._drop(row, DropReason.UNREADABLE, f"{self.files[row].path}: {content}")
         return contents
 
     def _kept(self) -> list[int]:

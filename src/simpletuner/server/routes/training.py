@@ -110,7 +110,10 @@ async def validate_config(
     status = 422 if errors else 200
     if wants_html_by_default(request.headers):
         return HTMLResponse(
-            problem_fragment(valid=not errors, errors=errors, warnings=warnings, note=plan and plan["message"]), status
+            problem_fragment(
+                valid=not errors, errors=errors, warnings=warnings, note=plan["message"] if plan else None
+            ),
+            status,
         )
     answer = ValidateAnswer(
         valid=not errors,

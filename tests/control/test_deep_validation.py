@@ -1,0 +1,50 @@
+"""`validate?deep=true` over HTTP; what it finds is in tests/train/test_preflight.py. api.md §2.4."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from in_process import InProcess
+from PIL import Image
+
+OPTIONS: dict[str, Any] = {
+    "--model_family": "pixart_sigma",
+    "--model_flavour": "nano",
+    "--model_type": "full",
+    "--output_dir": "out",
+    "--data_backend_config": "data.json",
+    "--max_train_steps": 10,
+}
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[InProcess]:
+    (tmp_path / "p").mkdir()
+    for number in range(3):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / f"p/{number}.png")
+    entry = '{"id": "p", "instance_data_dir": "p", "resolution": 64, "caption_strategy": "filename"}'
+    (tmp_path / "data.json").write_text(f"[{entry}]")
+    running = InProcess(tmp_path)
+    yield running
+    running.close()
+
+
+def validate(server: InProcess, **options: Any) -> Any:
+    return server.ask(
+        "POST", "/api/training/validate?deep=true", json=OPTIONS | options, headers={"Accept": "application/json"}
+    )
+
+
+def test_a_deep_validation_predicts_memory(server: InProcess) -> None:
+    answer = validate(server).json()
+    assert (answer["valid"], answer["errors"]) == (True, [])
+    assert 0 < answer["memory_plan"]["predicted_bytes"] < answer["memory_plan"]["limit_bytes"]
+    assert answer["memory_plan"]["message"].startswith("Predicted memory peaks: text ")
+
+
+def test_a_mistake_is_told_without_looking_deeper(server: InProcess) -> None:
+    answer = validate(server, **{"--learning_rat": 1}).json()
+    assert answer["code"] == "invalid_config" and answer["memory_plan"] is None
