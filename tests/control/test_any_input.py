@@ -35,7 +35,7 @@ def headers_of(server: ServerProcess, who: str) -> dict[str, str]:
     return {"X-API-Key": key}
 
 
-@pytest.mark.parametrize(("who", "examples"), [("open", 8), ("admin", 3), ("researcher", 6), ("nobody", 2)])
+@pytest.mark.parametrize(("who", "examples"), [("open", 6), ("admin", 2), ("researcher", 4), ("nobody", 1)])
 def test_no_input_breaks_a_route(server: ServerProcess, who: str, examples: int) -> None:
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations: list[Any] = [found.ok() for found in schema.get_all_operations()]
