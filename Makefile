@@ -9,11 +9,12 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python -m scripts.demo
 
-# The slow tests mostly wait for processes that they start: they run beside the others.
-test: lint
-	@$(BIN)/python -m pytest -m slow -p no:cacheprovider & slow=$$!; \
+# Lint, the slow tests and the others side by side: two halves of about the same length for two cores.
+test: $(READY)
+	@$(MAKE) --no-print-directory lint & lint=$$!; \
+	$(BIN)/python -m pytest -m slow -p no:cacheprovider & slow=$$!; \
 	$(BIN)/python -m pytest -m "not slow"; fast=$$?; \
-	wait $$slow && exit $$fast
+	wait $$lint && wait $$slow && exit $$fast
 
 check: lint
 	$(BIN)/python -m pytest -m "not slow"

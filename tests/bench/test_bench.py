@@ -16,6 +16,8 @@ from simpletuner.bench import overhead
 from simpletuner.bench.figure import Measured, as_markdown, circumstances, lower_bound
 from simpletuner.bench.scene import PRECISIONS, Scene
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def process_as_found() -> Iterator[None]:

@@ -26,6 +26,8 @@ from simpletuner.train.optim import build_optimizers
 from simpletuner.train.rehearsal import Rehearsal, Shapes, rehearse
 from simpletuner.train.trained import prepare_denoiser
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TOLERANCE = 0.08
 

@@ -35,6 +35,8 @@ from simpletuner.families.precision import (
 from simpletuner.families.quantize import Via, describe_quantised, is_quantised, load_quantised, quantised_names
 from simpletuner.families.registry import load_spec
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 NEEDS_CUDA = ("fp8-torchao", "int4-torchao")

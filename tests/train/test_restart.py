@@ -21,6 +21,8 @@ from simpletuner.checkpoints import MANIFEST, find_faults
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.job import CommandName
 
+pytestmark = pytest.mark.slow
+
 LONG: dict[str, Any] = {
     "max_train_steps": 7,
     "gradient_accumulation_steps": 3,
