@@ -150,7 +150,9 @@ def credentials(world: AccountWorld) -> dict[str, dict[str, str]]:
     accounts = world.core.accounts
     expired, revoked = world.make_key("admin", expires_days=-1), world.make_key("admin")
     made, gone = accounts.open_session(world.users["admin"], long=False)[0], world.make_key("lead")
-    accounts.revoke_key(accounts.identify_key(revoked).credential_id)  # type: ignore[union-attr]
+    identity = accounts.identify_key(revoked)
+    assert identity is not None
+    accounts.revoke_key(identity.credential_id)
     accounts.end_session(made)
     keys = {"wrong": "st_wrong", "expired": expired, "revoked": revoked}
     bad = {name: {"X-API-Key": key} for name, key in keys.items()}

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from simpletuner.config.dataset_options import MODELS, PictureDataset, dataset_kind
 from simpletuner.data.ledger import check_defects, dataset_report, ledger_row
-from simpletuner.data.manifest import discover
+from simpletuner.data.manifest import Manifest, discover
 from simpletuner.data.pairs import pair_all, targets_of
 from simpletuner.errors import ExitCode, Problem, UserError
 
@@ -23,11 +24,7 @@ def main() -> ExitCode:
     request: dict[str, Any] = json.load(sys.stdin)
     entries = [_entry(row) for row in request["datasets"]]
     try:
-        manifests = [
-            discover(entry, alignment=request["alignment"], cache_dir=Path(entry.cache_dir_vae) / "scan")
-            for entry in entries
-        ]
-        manifests = pair_all(manifests)
+        manifests = discover_all(entries, request["alignment"])
         for manifest in manifests:
             for row in range(len(manifest)):
                 _write({"dataset": manifest.dataset.id, **ledger_row(manifest, row)})
@@ -40,6 +37,13 @@ def main() -> ExitCode:
         return error.exit_code
     _write_problems(problems)
     return ExitCode.DONE
+
+
+def discover_all(entries: Iterable[PictureDataset], alignment: int) -> list[Manifest]:
+    """Paired, with the scans that a run keeps and takes up. Raises UserError (65)."""
+    return pair_all(
+        [discover(entry, alignment=alignment, cache_dir=Path(entry.cache_dir_vae) / "scan") for entry in entries]
+    )
 
 
 def _entry(row: dict[str, Any]) -> PictureDataset:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.ledger import check_defects
-from simpletuner.data.manifest import Manifest, discover
-from simpletuner.data.pairs import pair_all, targets_of
+from simpletuner.data.manifest import Manifest
+from simpletuner.data.pairs import targets_of
+from simpletuner.data.preflight import discover_all
 from simpletuner.errors import Problem, UserError
 from simpletuner.families.registry import load_spec
 from simpletuner.families.weights import check_base
@@ -47,11 +47,7 @@ def main() -> None:
 
 def _discover(config: TrainConfig, problems: list[Problem]) -> dict[str, Manifest]:
     entries = (*config.image_datasets, *config.eval_datasets, *config.conditioning_datasets)
-    alignment = config.data.aspect_bucket_alignment
-    found = pair_all(
-        [discover(entry, alignment=alignment, cache_dir=Path(entry.cache_dir_vae) / "scan") for entry in entries]
-    )
-    targets = targets_of(found)
+    targets = targets_of(discover_all(entries, config.data.aspect_bucket_alignment))
     problems += check_defects(targets, ignore_missing_files=config.data.ignore_missing_files)
     return {manifest.dataset.id: manifest for manifest in targets}
 
