@@ -17,9 +17,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 
+def as_text(moment: datetime) -> str:
+    """RFC 3339, UTC, milliseconds: `2026-01-02T03:04:05.678Z`; such texts sort as times do."""
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 def utc_now() -> str:
-    """RFC 3339, UTC, milliseconds: `2026-01-02T03:04:05.678Z`."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return as_text(datetime.now(UTC))
 
 
 class EventType(StrEnum):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.errors import UserError
-from simpletuner.events import utc_now
+from simpletuner.events import as_text, utc_now
 from simpletuner.job import write_atomic
 
 BACKUPS = ".backups"
@@ -53,8 +53,7 @@ def versions_of(file: Path) -> list[Version]:
         etag = etag_of(content)
         note = noted.get(etag, {})
         # A copy keeps the time of what it is a copy of.
-        written = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="milliseconds")
-        at = note.get("at") or written.replace("+00:00", "Z")
+        at = note.get("at") or as_text(datetime.fromtimestamp(path.stat().st_mtime, UTC))
         found.setdefault(etag, Version(etag, at, note.get("author"), content, path == file))
     return list(found.values())
 

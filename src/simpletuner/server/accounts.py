@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from simpletuner.errors import UserError
+from simpletuner.events import as_text
 from simpletuner.server.identity import Identity
 from simpletuner.server.open_streams import OpenStreams
 from simpletuner.server.passwords import Passwords
@@ -189,10 +190,6 @@ def rights_of_user(user: UserRow) -> frozenset[str]:
 def hash_secret(secret: str) -> str:
     """Of long random text: no salt and no work factor is needed."""
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def as_text(at: datetime) -> str:
-    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _is_other_session(other: Identity, identity: Identity) -> bool:

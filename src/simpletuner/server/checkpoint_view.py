@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from simpletuner.checkpoints import CheckpointFolder, find_faults, list_checkpoints
 from simpletuner.errors import UserError
+from simpletuner.events import as_text
 
 
 class CheckpointView(BaseModel):
@@ -69,4 +70,4 @@ def _epoch(folder: CheckpointFolder) -> int | None:
 
 def _created_at(path: Path) -> str:
     moment = datetime.fromtimestamp(path.stat().st_mtime, UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return as_text(moment)

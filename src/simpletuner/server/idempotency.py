@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from fastapi import Header
 
 from simpletuner.errors import UserError
+from simpletuner.events import as_text
 from simpletuner.server.core import Core
 from simpletuner.store.job_row import Claim
 
@@ -31,7 +32,7 @@ def find_answer(core: Core, claim: Claim | None) -> dict[str, Any] | None:
     """The stored answer of an earlier request. Raises UserError `idempotency_mismatch` or `in_flight`."""
     if claim is None:
         return None
-    before = (datetime.now(UTC) - KEPT).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    before = as_text(datetime.now(UTC) - KEPT)
     core.store.jobs.forget_claims(before=before)
     claimed = core.store.jobs.claimed(claim.user_id, claim.key)
     if claimed is None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from simpletuner.config.webhook import WebhookEndpoint, parse_webhooks
 from simpletuner.errors import UserError
-from simpletuner.events import Event, EventType, NoticeData
+from simpletuner.events import Event, EventType, NoticeData, as_text
 from simpletuner.jobs.webhook_post import Poster
 from simpletuner.server.audit_trail import audits
 from simpletuner.server.core import CoreDep, IdentityDep
@@ -123,7 +123,7 @@ def _test_event(endpoint: WebhookEndpoint) -> dict[str, Any]:
 
 
 def _show(row: DeliveryRow) -> DeliveryView:
-    next_at = datetime.fromtimestamp(row.next_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    next_at = as_text(datetime.fromtimestamp(row.next_s, UTC))
     return DeliveryView(
         id=row.id,
         job_id=row.job_id,
