@@ -277,6 +277,35 @@ def test_captions_are_read_and_written(server: InProcess, folder: str) -> None:
     assert server.files() == before
 
 
+def edit(server: InProcess, **change: Any) -> Any:
+    return server.ask("PATCH", "/api/datasets/captions", json=change)
+
+
+def test_one_change_to_many_captions(server: InProcess, folder: str) -> None:
+    texts = {"a": "a red car\na fast car\n", "b": "ohwx, a bus", "c": ""}
+    files = [(f"{name}.txt", text.encode()) for name, text in texts.items()]
+    upload(server, folder, *files, *((f"{name}.png", picture()) for name in "abcd"))
+    before = server.files()
+    change = {"path": folder, "find": "car", "replace": "lorry", "prefix": "ohwx, ", "fill": "a car"}
+    asked = edit(server, **change, dry_run=True).json()
+    assert (asked["pictures"], asked["changed"], server.files()) == (4, 3, before)
+    assert asked["examples"][0]["after"] == "ohwx, a red lorry\nohwx, a fast lorry\n"
+    assert edit(server, **change).json()["changed"] == 3
+    assert edit(server, **change).json()["changed"] == 0, "the same change twice is one"
+    found = [server.files()[f"{folder.rpartition('/')[2]}/{name}.txt"].decode() for name in "abcd"]
+    assert found == ["ohwx, a red lorry\nohwx, a fast lorry\n", "ohwx, a bus", "ohwx, a lorry", "ohwx, a lorry"]
+
+
+def test_what_an_edit_of_captions_refuses(server: InProcess, folder: str) -> None:
+    upload(server, folder, ("a.png", picture()), ("a.txt", b"caf\xe9"), ("b.png", picture()), ("b.txt", b"b"))
+    before = server.files()
+    for change in ({"path": folder}, {"path": folder, "prefix": "x"}, {"path": folder, "prefixx": "x"}):
+        assert edit(server, **change).json()["code"] in {"invalid_field", "unknown_field"}
+    assert edit(server, path=f"{folder}/none", prefix="x").json()["code"] == "not_found"
+    assert edit(server, path="/etc", prefix="x").json()["code"] == "path_outside_root"
+    assert server.files() == before
+
+
 def test_deleted_files_go_to_the_trash(server: InProcess, folder: str, tmp_path: Any) -> None:
     content = picture()
     upload(server, folder, ("a.png", content), ("b.png", content), ("sub/c.png", content))

@@ -32,19 +32,26 @@ def server(tmp_path: Path) -> Iterator[InProcess]:
     running.close()
 
 
-def validate(server: InProcess, **options: Any) -> Any:
+def validate(server: InProcess, query: str = "deep=true", **options: Any) -> Any:
     return server.ask(
-        "POST", "/api/training/validate?deep=true", json=OPTIONS | options, headers={"Accept": "application/json"}
+        "POST", f"/api/training/validate?{query}", json=OPTIONS | options, headers={"Accept": "application/json"}
     )
 
 
-def test_a_deep_validation_predicts_memory(server: InProcess) -> None:
-    answer = validate(server).json()
+def test_a_deep_validation_predicts_memory_and_disk(server: InProcess) -> None:
+    answer = validate(server, "fit_budget_gb=100").json()
     assert (answer["valid"], answer["errors"]) == (True, [])
     assert 0 < answer["memory_plan"]["predicted_bytes"] < answer["memory_plan"]["limit_bytes"]
     assert answer["memory_plan"]["message"].startswith("Predicted memory peaks: text ")
+    assert answer["disk_plan"]["free_bytes"] > answer["disk_plan"]["checkpoint_bytes"] > 0
+    assert answer["fit"]["fits"] and answer["fit"]["budget_bytes"] == 100e9 and answer["fit"]["settings"] == {}
 
 
 def test_a_mistake_is_told_without_looking_deeper(server: InProcess) -> None:
     answer = validate(server, **{"--learning_rat": 1}).json()
     assert answer["code"] == "invalid_config" and answer["memory_plan"] is None
+
+
+def test_a_budget_is_a_number_above_nothing(server: InProcess) -> None:
+    answer = validate(server, "fit_budget_gb=0")
+    assert answer.status_code == 422 and answer.json()["code"] == "invalid_field"

@@ -80,12 +80,15 @@ dataset.upload   POST   /api/datasets/folders /api/datasets/upload /api/datasets
 dataset.upload   POST   /api/datasets/upload/sessions
 dataset.upload   PUT    /api/datasets/upload/sessions/{upload_id} /api/datasets/captions
 dataset.upload   HEAD   /api/datasets/upload/sessions/{upload_id}
+dataset.upload   PATCH  /api/datasets/captions
 dataset.view     GET    /api/datasets/browse /api/datasets/detect /api/datasets/thumbnail /api/datasets/captions
 dataset.delete   DELETE /api/datasets/files
 system.view      GET    /api/system/status
 admin.system     POST   /api/system/shutdown
 job.view.*       GET    /api/jobs /api/jobs/{job_id} /api/jobs/{job_id}/config /api/jobs/{job_id}/events
 job.view.*       GET    /api/jobs/{job_id}/artifacts /api/jobs/{job_id}/artifacts/{artifact_id}
+job.view.*       GET    /api/jobs/{job_id}/metrics
+metrics.read     GET    /metrics
 job.view.*       GET    /api/jobs/{job_id}/logs /api/jobs/{job_id}/logs/stream
 job.cancel.*     POST   /api/jobs/{job_id}/stop /api/jobs/{job_id}/cancel /api/jobs/{job_id}/pause
 job.cancel.*     POST   /api/jobs/{job_id}/resume /api/jobs/{job_id}/validation /api/jobs/{job_id}/checkpoint

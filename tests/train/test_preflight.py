@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tiny_world import TinyWorld
 
+from simpletuner.checkpoints import list_checkpoints
 from simpletuner.config.resolve import freeze
+from simpletuner.errors import ExitCode
 from simpletuner.train.preflight import main
 
 
-def look(world: TinyWorld, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+def look(
+    world: TinyWorld,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    budget_bytes: int | None = None,
+    **options: Any,
+) -> Any:
     config, _, datasets = freeze(world.resolve(**options))
-    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"config": config, "datasets": datasets})))
+    request = {"config": config, "datasets": datasets, "fit_budget_bytes": budget_bytes}
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(request)))
     capsys.readouterr()
     main()
     return json.loads(capsys.readouterr().out)
@@ -58,3 +68,55 @@ def test_broken_data_and_a_model_that_is_not_there(
     (world.pictures / "red_64x64.png").write_bytes(b"no picture")
     found = look(world, capsys, monkeypatch)
     assert "red_64x64.png" in str(errors(found))
+
+
+FAT: dict[str, Any] = {"train_batch_size": 48, "gradient_checkpointing": False, "gradient_accumulation_steps": 2}
+
+
+def test_settings_that_fit_a_budget(
+    shared: TinyWorld, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each change is needed, the batch of a step stays, and what is proposed takes what was said of it."""
+    monkeypatch.setattr("simpletuner.train.preflight.held_bytes", lambda: 0)
+    asked = look(shared, capsys, monkeypatch, int(1e12), **FAT)["fit"]
+    assert (asked["fits"], asked["settings"], asked["costs"]) == (True, {}, [])
+    budget = asked["phases"]["step"]
+    for part in (0.9, 0.45):
+        found = look(shared, capsys, monkeypatch, round(budget * part), **FAT)["fit"]
+        settings = {name.removeprefix("--"): value for name, value in found["settings"].items()}
+        assert found["fits"]
+        assert found["predicted_bytes"] <= budget * part and settings["gradient_checkpointing"]
+        batch = FAT | settings
+        assert batch["train_batch_size"] * batch["gradient_accumulation_steps"] == 96
+        applied = look(shared, capsys, monkeypatch, int(1e12), **batch)["fit"]
+        assert applied["settings"] == {} and applied["phases"] == pytest.approx(found["phases"], rel=1e-3)
+
+
+def test_a_budget_that_nothing_fits_says_so(
+    shared: TinyWorld, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = look(shared, capsys, monkeypatch, 1000, model_type="lora", use_ema=True)["fit"]
+    assert not found["fits"] and found["settings"]["--base_model_precision"] == "int8-quanto"
+    assert found["settings"]["--vae_batch_size"] == found["settings"]["--text_encoder_batch_size"] == 1
+    assert "Nothing that we know to change fits into 0.00 GB" in found["message"]
+
+
+def test_the_disk_that_a_run_takes(
+    world: TinyWorld, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"max_train_steps": 4, "checkpoint_step_interval": 2, "use_ema": True, "validation_disable": True}
+    found = look(world, capsys, monkeypatch, **options)
+    plan = found["disk_plan"]
+    assert world.run(**options).code == ExitCode.DONE
+    checkpoints = list_checkpoints(world.root / "out")
+    assert plan["num_checkpoints"] == len(checkpoints) == 2
+    small_files = 100_000
+    assert plan["checkpoint_bytes"] == pytest.approx(checkpoints[0].size_bytes, rel=0.02, abs=small_files)
+    (cache,) = {Path(entry["cache_dir_vae"]) for entry in world.resolve().datasets if entry["dataset_type"] == "image"}
+    cached = sum(file.stat().st_size for file in cache.glob("*.safetensors"))
+    assert plan["latents_bytes"] == pytest.approx(cached, abs=4096)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=plan["checkpoint_bytes"]))
+    (warning,) = [
+        one for one in look(world, capsys, monkeypatch, **options)["problems"] if one["code"] == "disk_too_small"
+    ]
+    assert warning["pointer"] == "/--checkpoints_total_limit"

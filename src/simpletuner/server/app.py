@@ -32,6 +32,7 @@ from simpletuner.server.routes import (
     login,
     logs,
     lycoris,
+    metrics,
     registration,
     system,
     training,
@@ -110,6 +111,7 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(health.router)
     app.include_router(events.router)
     app.include_router(system.router)
+    app.include_router(metrics.router)
     app.include_router(training.router)
     app.include_router(training_control.router)
     app.include_router(uploads.router)

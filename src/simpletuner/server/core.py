@@ -13,7 +13,7 @@ from starlette.requests import HTTPConnection
 from simpletuner.config.directories import Directories
 from simpletuner.config.environments import Environments, to_json
 from simpletuner.errors import UserError
-from simpletuner.events import AnyData, Event, EventType
+from simpletuner.events import AnyData, Event, EventType, utc_now
 from simpletuner.job import write_atomic
 from simpletuner.jobs.devices import read_inventory
 from simpletuner.jobs.executor import LocalExecutor
@@ -58,6 +58,7 @@ class Core:
     deep: DeepValidation
     limiter: RateLimiter = field(default_factory=RateLimiter)
     started_at: float = field(default_factory=time.monotonic)
+    served_since: str = field(default_factory=utc_now)
 
     @classmethod
     def build(cls, settings: ServerSettings, environ: Mapping[str, str]) -> Core:

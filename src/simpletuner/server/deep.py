@@ -21,10 +21,17 @@ MODULE = "simpletuner.train.preflight"
 
 @dataclass(frozen=True, slots=True)
 class DeepFindings:
-    """`memory_plan`: bytes by phase, and a sentence; None where the data or the model cannot be read."""
+    """Plans are bytes, and a sentence (`message`); None where the data or the model cannot be read."""
 
     problems: list[Problem]
-    memory_plan: dict[str, Any] | None
+    memory_plan: dict[str, Any] | None = None
+    disk_plan: dict[str, Any] | None = None
+    fit: dict[str, Any] | None = None
+    """Settings that fit a budget, if one was given."""
+
+    def note(self) -> str:
+        """What the plans say, in one paragraph."""
+        return " ".join(plan["message"] for plan in (self.memory_plan, self.disk_plan, self.fit) if plan)
 
 
 class DeepValidation:
@@ -35,10 +42,11 @@ class DeepValidation:
         self._environ = dict(environ)
         self._free = asyncio.Semaphore(1)
 
-    async def look(self, resolution: Resolution) -> DeepFindings:
+    async def look(self, resolution: Resolution, fit_budget_bytes: int | None = None) -> DeepFindings:
         """Of a configuration without errors."""
         config = resolution.require().to_flat()
-        request = json.dumps({"config": config, "datasets": resolution.datasets}).encode()
+        asked = {"config": config, "datasets": resolution.datasets, "fit_budget_bytes": fit_budget_bytes}
+        request = json.dumps(asked).encode()
         async with self._free:
             return await run_in_threadpool(self._look, request)
 
@@ -53,4 +61,4 @@ class DeepValidation:
         )
         found = json.loads(done.stdout)
         problems = [Problem(**{**row, "level": Level(row["level"])}) for row in found["problems"]]
-        return DeepFindings(problems, found["memory_plan"])
+        return DeepFindings(problems, found["memory_plan"], found["disk_plan"], found["fit"])

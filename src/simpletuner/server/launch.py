@@ -73,7 +73,7 @@ def launch(core: Core, asked: Asked, options: LaunchOptions) -> Launched:
 
     def write_environment() -> None:
         # Under the supervisor's lock: a second request with the same key must not write the file again.
-        if options.claim and core.store.jobs.claimed(options.claim.user_id, options.claim.key):
+        if options.claim and core.store.claims.find(options.claim):
             raise UserError("in_flight", "A request with this Idempotency-Key is being served.")
         if options.writes_environment:
             _write_environment(core, asked, name, owner=options.user_id, author=options.user_name)

@@ -46,9 +46,7 @@ def wants_html_strictly(headers: Headers) -> bool:
     return accepted.get("text/html", 0.0) > json_quality
 
 
-def problem_fragment(
-    *, valid: bool, errors: Iterable[Problem], warnings: Iterable[Problem], note: str | None = None
-) -> str:
+def problem_fragment(*, valid: bool, errors: Iterable[Problem], warnings: Iterable[Problem], note: str = "") -> str:
     """Never both phrases: the words of a problem are escaped, its code says which it is. `note` stands below."""
     kind, role, title = (
         ("success", "status", "Configuration Valid") if valid else ("danger", "alert", "Validation Failed")

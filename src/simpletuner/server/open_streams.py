@@ -48,6 +48,9 @@ class OpenStreams:
         self._lock = threading.Lock()
         self._open: set[OpenStream] = set()
 
+    def __len__(self) -> int:
+        return len(self._open)
+
     def open(self, identity: Identity) -> OpenStream:
         """Raises UserError `too_many_streams`."""
         with self._lock:

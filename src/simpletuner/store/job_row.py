@@ -72,7 +72,10 @@ class Claim:
 class Claimed:
     fingerprint: str
     job_id: str
+    """Empty where the effect is no job."""
     answer: dict[str, Any] | None
+    """None while the request is being served."""
+    created_at: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

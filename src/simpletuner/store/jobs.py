@@ -11,10 +11,11 @@ from sqlalchemy.exc import IntegrityError
 
 from simpletuner.events import Event, EventType, JobStatusData, JobWaitingData, Severity, utc_now
 from simpletuner.job import ACTIVE, TRANSITIONS, JobStatus
+from simpletuner.store.claims import put_claim
 from simpletuner.store.database import Database
-from simpletuner.store.job_row import Claim, Claimed, JobPage, JobQuery, JobRow, Move, NewJob
+from simpletuner.store.job_row import Claim, JobPage, JobQuery, JobRow, Move, NewJob
 from simpletuner.store.outbox import put_event
-from simpletuner.store.schema import device_leases, idempotency, jobs
+from simpletuner.store.schema import device_leases, jobs
 
 LOCAL = "local"
 
@@ -40,8 +41,7 @@ class JobStore:
             }
             connection.execute(insert(jobs).values(values))
             if claim is not None:
-                key = {"job_id": job.job_id, "created_at": now, **asdict(claim)}
-                connection.execute(insert(idempotency).values(key))
+                put_claim(connection, claim, job_id=job.job_id, created_at=now)
             data = JobStatusData.model_validate({"from": None, "to": JobStatus.QUEUED})
             put_event(connection, Event(type=EventType.JOB_STATUS, job_id=job.job_id, data=data, message="Queued"))
             return _row(connection.execute(select(jobs).where(jobs.c.job_id == job.job_id)).one())
@@ -133,6 +133,11 @@ class JobStore:
             ).all()
         return JobPage([_row(row) for row in rows], total)
 
+    def count_by_status(self) -> dict[JobStatus, int]:
+        with self._database.read() as connection:
+            rows = connection.execute(select(jobs.c.status, func.count()).group_by(jobs.c.status)).all()
+        return {JobStatus(status): count for status, count in rows}
+
     def leases(self) -> dict[int, str]:
         """Local device → job that holds it."""
         with self._database.read() as connection:
@@ -146,25 +151,6 @@ class JobStore:
         with self._database.write() as connection:
             gone = connection.execute(delete(jobs).where(jobs.c.job_id == job_id, jobs.c.completed_at.is_not(None)))
         return gone.rowcount > 0
-
-    def claimed(self, user_id: str, key: str) -> Claimed | None:
-        with self._database.read() as connection:
-            row = connection.execute(
-                select(idempotency).where(idempotency.c.user_id == user_id, idempotency.c.key == key)
-            ).one_or_none()
-        return Claimed(fingerprint=row.fingerprint, job_id=row.job_id, answer=row.answer) if row else None
-
-    def store_answer(self, user_id: str, key: str, answer: dict[str, Any]) -> None:
-        with self._database.write() as connection:
-            connection.execute(
-                update(idempotency)
-                .where(idempotency.c.user_id == user_id, idempotency.c.key == key)
-                .values(answer=answer)
-            )
-
-    def forget_claims(self, *, before: str) -> None:
-        with self._database.write() as connection:
-            connection.execute(delete(idempotency).where(idempotency.c.created_at < before))
 
 
 def _move(connection: Connection, move: Move) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simpletuner.store.audit import AuditStore
+from simpletuner.store.claims import ClaimStore
 from simpletuner.store.credentials import CredentialStore
 from simpletuner.store.database import Database
 from simpletuner.store.events import EventStore
@@ -20,6 +21,7 @@ from simpletuner.store.webhooks import WebhookStore
 class Store:
     database: Database
     jobs: JobStore
+    claims: ClaimStore
     outbox: Outbox
     settings: SettingStore
     events: EventStore
@@ -36,6 +38,7 @@ class Store:
         return cls(
             database=database,
             jobs=JobStore(database),
+            claims=ClaimStore(database),
             outbox=Outbox(database),
             settings=SettingStore(database),
             events=EventStore(events),

@@ -47,8 +47,8 @@ class MemoryPlan:
             if (needed := self.predicted_bytes(phase)) > self.limit_bytes and self.may_refuse:
                 raise UserError(
                     "will_not_fit",
-                    f"The phase {phase!r} needs {_gigabytes(needed)}; this {_DEVICE[self.device.type]} has "
-                    f"{_gigabytes(self.limit_bytes)}.",
+                    f"The phase {phase!r} needs {gigabytes(needed)}; this {_DEVICE[self.device.type]} has "
+                    f"{gigabytes(self.limit_bytes)}.",
                     hint=_CHEAPER[phase] + " --i_know_what_i_am_doing true tries it all the same.",
                     exit_code=ExitCode.OUT_OF_MEMORY,
                 )
@@ -63,9 +63,9 @@ class MemoryPlan:
         }
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{phase} {_gigabytes(self.predicted_bytes(phase))}" for phase in self.phases)
-        return f"Predicted memory peaks: {parts}; there are {_gigabytes(self.limit_bytes)}."
+        parts = ", ".join(f"{phase} {gigabytes(self.predicted_bytes(phase))}" for phase in self.phases)
+        return f"Predicted memory peaks: {parts}; there are {gigabytes(self.limit_bytes)}."
 
 
-def _gigabytes(count: int) -> str:
+def gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB"

@@ -1,13 +1,15 @@
 """`python -m simpletuner.train.preflight`: what a start would find out, without starting: data, model, memory.
 
-Reads `{"config": {…}, "datasets": […]}`, as they are frozen for a job, from standard input; writes
-`{"problems": […], "memory_plan": {…} | null}`. Of a model on the hub only configuration files are fetched.
+Reads `{"config": {…}, "datasets": […], "fit_budget_bytes": n | null}`, as they are frozen for a job, from standard
+input; writes `{"problems": […], "memory_plan": {…} | null, "disk_plan": …, "fit": …}`, `fit` where a budget is given.
+Of a model on the hub only configuration files are fetched.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,30 +21,57 @@ from simpletuner.data.pairs import targets_of
 from simpletuner.data.preflight import discover_all
 from simpletuner.errors import Problem, UserError
 from simpletuner.families.registry import load_spec
+from simpletuner.families.spec import FamilySpec
 from simpletuner.families.weights import check_base
-from simpletuner.train.memory import MemoryPlan, Phase
-from simpletuner.train.rehearsal import Shapes, rehearse
+from simpletuner.train.disk_plan import DiskPlan
+from simpletuner.train.fit import Fitting
+from simpletuner.train.memory import Phase
+from simpletuner.train.rehearsal import Rehearsal, Shapes, held_bytes, plan_phases, state_ratio
 
 
 def main() -> None:
     request = json.load(sys.stdin)
     spec = load_spec(request["config"]["model_family"])
     config = TrainConfig.from_flat(request["config"], request["datasets"], spec)
-    problems: list[Problem] = []
-    plan: MemoryPlan | None = None
+    found = Preflight(config, spec)
     try:
-        manifests = _discover(config, problems)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        check_base(config, device)
-        shapes = Shapes.of([manifests[entry.id] for entry in config.image_datasets], config)
-        plan = rehearse(config, spec, shapes, device)
-        plan.enter(*_phases(config))
+        found.look(request.get("fit_budget_bytes"))
     except UserError as error:
-        problems += error.problems or [
+        found.problems += error.problems or [
             Problem(code=error.code, message=error.message, hint=error.hint, pointer=error.pointer)
         ]
-    facts = None if plan is None else plan.as_facts() | {"message": str(plan)}
-    json.dump({"problems": [_row(problem) for problem in problems], "memory_plan": facts}, sys.stdout)
+    json.dump({"problems": [_row(problem) for problem in found.problems], **found.facts}, sys.stdout)
+
+
+class Preflight:
+    """What is found is kept as it is found: an error ends the looking."""
+
+    def __init__(self, config: TrainConfig, spec: FamilySpec) -> None:
+        self.problems: list[Problem] = []
+        self.facts: dict[str, Any] = {"memory_plan": None, "disk_plan": None, "fit": None}
+        self._config = config
+        self._spec = spec
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def look(self, budget_bytes: int | None) -> None:
+        """Raises UserError for what a start would be refused for."""
+        config = self._config
+        manifests = _discover(config, self.problems)
+        trained = [manifests[entry.id] for entry in config.image_datasets]
+        check_base(config, self._device)
+        rehearsal = Rehearsal(config, self._spec, Shapes.of(trained, config))
+        training = rehearsal.training(state_ratio(config, self._device))
+        disk = DiskPlan.of(config, list(manifests.values()), rehearsal, training)
+        self.facts["disk_plan"] = disk.as_facts()
+        self.problems += disk.check()
+        if budget_bytes is not None:
+            held = held_bytes() if self._device.type == "cpu" else 0
+            shapes_of = partial(Shapes.of, trained, config)
+            fitting = Fitting(config, self._spec, shapes_of, self._device, budget_bytes=budget_bytes, held_bytes=held)
+            self.facts["fit"] = fitting.find().as_facts()
+        plan = plan_phases(config, self._device, rehearsal.encoding() | training.phases)
+        self.facts["memory_plan"] = plan.as_facts() | {"message": str(plan)}
+        plan.enter(*_phases(config))
 
 
 def _discover(config: TrainConfig, problems: list[Problem]) -> dict[str, Manifest]:

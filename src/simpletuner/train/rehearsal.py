@@ -43,8 +43,8 @@ class Shapes:
     references: tuple[Size, ...]
 
     @classmethod
-    def of(cls, manifests: Iterable[Manifest], config: TrainConfig) -> Shapes:
-        """Of everything that training reads."""
+    def of(cls, manifests: Iterable[Manifest], config: TrainConfig, vae_batch_size: int | None = None) -> Shapes:
+        """Of everything that training reads, with at most `vae_batch_size` pictures encoded at once."""
         encoded: list[tuple[int, Size]] = []
         trained: list[tuple[Size, tuple[Size, ...]]] = []
         combined = config.data.conditioning_multidataset_sampling == "combined"
@@ -52,12 +52,23 @@ class Shapes:
             pictures = [mates for mates in manifest.mates if mates.kind != MASK]
             for members in manifest.buckets().values():
                 row = int(members[0])
-                count = min(len(members), manifest.dataset.vae_batch_size)
+                count = min(len(members), vae_batch_size or manifest.dataset.vae_batch_size)
                 encoded += [(count, part.plan(row).target) for part in (manifest, *pictures)]
                 sizes = sorted((mates.plan(row).target for mates in pictures), key=_area)
                 trained.append((manifest.plan(row).target, tuple(sizes if combined else sizes[-1:])))
         largest = max(trained, key=lambda sizes: _area(sizes[0]) + sum(map(_area, sizes[1])))
         return cls(max(encoded, key=lambda some: some[0] * _area(some[1])), *largest)
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What the phases of training take, in bytes."""
+
+    phases: dict[Phase, int]
+    checkpoint_bytes: int
+    """On disk: trained weights, their average, the optimizer's state."""
+    caption_bytes: int
+    """Of the longest caption's embeddings."""
 
 
 class Rehearsal:
@@ -67,55 +78,61 @@ class Rehearsal:
         self._config = config
         self._shapes = shapes
         self._family = build_family(config, spec, shapes_only=True)
+        with rehearsal():
+            vae: Any = self._family.load_autoencoder(_CPU)
+        self._channels: int = vae.config["latent_channels"]
+        self._latent_dtype: torch.dtype = vae.dtype
 
     def run(self, state_ratio: float | None) -> dict[Phase, int]:
-        """`state_ratio`: bytes of optimizer state per trained weight, where a rehearsal cannot make that state."""
-        self._state_ratio = state_ratio
-        found: dict[Phase, int] = {}
-        with rehearsal() as meter:
-            found["text"] = self._text(meter)
-        with rehearsal() as meter:
-            found["latents"] = self._latents(meter)
-        with rehearsal() as meter:
-            found |= self._training(meter)
-        return found
+        """Of all phases; `state_ratio` as of `training`."""
+        return self.encoding() | self.training(state_ratio).phases
 
-    def _text(self, meter: Meter) -> int:
+    def encoding(self) -> dict[Phase, int]:
+        return {"text": self.text(), "latents": self.latents()}
+
+    def text(self, batch_size: int | None = None) -> int:
         """All encoders are there together; each reads a batch of captions of full length."""
-        count = self._config.text_embeds.text_encoder_batch_size
-        with torch.inference_mode():
+        count = batch_size or self._config.text_embeds.text_encoder_batch_size
+        with rehearsal() as meter, torch.inference_mode():
             for encoder, slot in zip(self._family.load_text_encoders(_CPU), self._family.spec.text, strict=True):
                 encoder(torch.zeros(count, slot.length, dtype=torch.long))
         return meter.peak_bytes
 
-    def _latents(self, meter: Meter) -> int:
-        vae = self._family.load_autoencoder(_CPU)
-        self._channels: int = vae.config["latent_channels"]
-        count, (width, height) = self._shapes.encoded
-        with torch.inference_mode():
+    def latents(self) -> int:
+        with rehearsal() as meter, torch.inference_mode():
+            vae = self._family.load_autoencoder(_CPU)
+            count, (width, height) = self._shapes.encoded
             pixels = torch.zeros(count, 3, height, width, dtype=torch.uint8).float()
             vae.encode(pixels.to(vae.dtype), return_dict=False)
         return meter.peak_bytes
 
-    def _training(self, meter: Meter) -> dict[Phase, int]:
+    def training(self, state_ratio: float | None) -> Training:
+        """`state_ratio`: bytes of optimizer state per trained weight, where a rehearsal cannot make that state."""
+        with rehearsal() as meter:
+            return self._training(meter, state_ratio)
+
+    def _training(self, meter: Meter, ratio: float | None) -> Training:
         config, family = self._config, self._family
         denoiser = family.load_denoiser()
         prepare_denoiser(denoiser, config, family.spec)
         buffers = build_buffers(denoiser)
+        before_state = meter.live_bytes
         # State that is alive as long as this list.
         kept: list[Any] = [Ema(buffers, config.precision.ema_decay)] if config.precision.use_ema else []
-        ratio = self._state_ratio
         if ratio is None:
             kept += build_optimizers(config.optimizer.optimizer, buffers, 0)
         state_bytes = round(sum(buffer.weights.numel() for buffer in buffers) * (ratio or 0.0))
+        weights = sum(parameter.nbytes for parameter in denoiser.parameters() if parameter.requires_grad)
+        checkpoint = weights + state_bytes + meter.live_bytes - before_state
         meter.restart()
         self._micro_step(denoiser)
         step = meter.peak_bytes + state_bytes
         meter.restart()
         validation = self._draw(denoiser, meter) + state_bytes
         meter.restart()
-        weights = sum(parameter.nbytes for parameter in denoiser.parameters() if parameter.requires_grad)
-        return {"step": step, "validation": validation, "save": meter.live_bytes + state_bytes + weights}
+        save = meter.live_bytes + state_bytes + weights
+        caption = sum(tensor.nbytes for tensor in family.longest_caption(denoiser).values())
+        return Training({"step": step, "validation": validation, "save": save}, checkpoint, caption)
 
     def _micro_step(self, denoiser: nn.Module) -> None:
         config = self._config
@@ -141,6 +158,11 @@ class Rehearsal:
             self._family.predict(denoiser.eval(), batch.latents_BCHW, torch.zeros(count).long(), batch)
             vae.decode(batch.latents_BCHW[:1].to(vae.dtype), return_dict=False)
         return meter.peak_bytes
+
+    def latent_bytes(self, size: Size) -> int:
+        """Of a picture's cached latent."""
+        stride = self._family.spec.latent.stride
+        return self._channels * (size[1] // stride) * (size[0] // stride) * self._latent_dtype.itemsize
 
     def _batch(self, denoiser: nn.Module, count: int, size: Size, references: tuple[Size, ...]) -> Batch:
         entry = self._family.longest_caption(denoiser)
@@ -176,16 +198,28 @@ def plan_memory(
 
 def rehearse(config: TrainConfig, spec: FamilySpec, shapes: Shapes, device: torch.device) -> MemoryPlan:
     """Takes about a second of CPU time and no memory worth the name."""
-    phases = Rehearsal(config, spec, shapes).run(_state_ratio(config, device))
+    return plan_phases(config, device, Rehearsal(config, spec, shapes).run(state_ratio(config, device)))
+
+
+def plan_phases(config: TrainConfig, device: torch.device, phases: dict[Phase, int]) -> MemoryPlan:
+    """Against what the device has, and on a CPU with what this process holds."""
+    may_refuse = not config.model.i_know_what_i_am_doing
+    return MemoryPlan(phases, device, held_bytes(), memory_of(device), may_refuse=may_refuse)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that there are, free or not."""
     if device.type == "cpu":
-        limit = psutil.virtual_memory().total
-    else:
-        limit = torch.cuda.get_device_properties(device).total_memory
-    held = psutil.Process().memory_info().rss
-    return MemoryPlan(phases, device, held, limit, may_refuse=not config.model.i_know_what_i_am_doing)
+        return psutil.virtual_memory().total
+    return torch.cuda.get_device_properties(device).total_memory
 
 
-def _state_ratio(config: TrainConfig, device: torch.device) -> float | None:
+def held_bytes() -> int:
+    """Resident memory of this process now."""
+    return psutil.Process().memory_info().rss
+
+
+def state_ratio(config: TrainConfig, device: torch.device) -> float | None:
     """None for our own optimizers, which a rehearsal can run."""
     name = config.optimizer.optimizer
     if name not in LIBRARIES:

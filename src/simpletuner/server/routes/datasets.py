@@ -6,12 +6,14 @@ from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
-from pydantic import BaseModel, Field, RootModel
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 
+from simpletuner.errors import UserError
 from simpletuner.server.audit_trail import AuditDep, audits
 from simpletuner.server.core import CoreDep
 from simpletuner.server.errors import error_responses
 from simpletuner.server.rights import needs
+from simpletuner.server.uploads.caption_edit import CaptionEdit, plan_changes
 from simpletuner.server.uploads.contents import (
     draw_thumbnail,
     list_entries,
@@ -28,6 +30,8 @@ PATH_ERRORS = error_responses("bad_path", "path_outside_root", "not_found")
 PathQuery = Annotated[str, Query(description="Under the datasets folder, absolute or relative.", max_length=1000)]
 Limit = Annotated[int, Query(ge=1, le=500)]
 Offset = Annotated[int, Query(ge=0, le=2**31)]
+MOST_WORDS = 10_000
+MOST_EXAMPLES = 20
 
 
 class EntryView(BaseModel):
@@ -73,6 +77,32 @@ class CaptionChanges(RootModel[dict[str, str]]):
 
 class Changed(BaseModel):
     changed: int
+
+
+class CaptionEditRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    path: str = Field("", max_length=1000, description="A picture, or a folder: all pictures below it.")
+    find: str = Field("", max_length=MOST_WORDS, description="Literal text, replaced wherever it stands.")
+    replace: str = Field("", max_length=MOST_WORDS)
+    prefix: str = Field("", max_length=MOST_WORDS, description="In front of each line that does not begin with it.")
+    suffix: str = Field("", max_length=MOST_WORDS, description="Behind each line that does not end with it.")
+    fill: str = Field("", max_length=MOST_WORDS, description="The caption of pictures that have none.")
+    dry_run: bool = False
+
+
+class CaptionExample(BaseModel):
+    path: str
+    before: str | None
+    after: str
+
+
+class CaptionsEdited(BaseModel):
+    pictures: int
+    changed: int
+    """With `dry_run`, how many would be."""
+    examples: list[CaptionExample]
+    """The first of them."""
 
 
 class Trashed(BaseModel):
@@ -153,6 +183,34 @@ def put_captions(core: CoreDep, body: CaptionChanges, note: AuditDep) -> Changed
     changed = write_captions(core.reception.places, body.root)
     note.target, note.detail = next(iter(body.root)), {"changed": changed}
     return Changed(changed=changed)
+
+
+@router.patch(
+    "/captions",
+    operation_id="edit_captions",
+    dependencies=[needs("dataset.upload"), audits("dataset.captions")],
+    responses={**PATH_ERRORS, **error_responses("disk_full")},
+)
+def edit_captions(core: CoreDep, body: CaptionEditRequest, note: AuditDep) -> CaptionsEdited:
+    """One change to the captions of all pictures below a folder; `dry_run` shows what it would do."""
+    places = core.reception.places
+    edit = CaptionEdit(body.find, body.replace, body.prefix, body.suffix, body.fill)
+    if edit == CaptionEdit():
+        hint = "Give find and replace, prefix, suffix or fill."
+        raise UserError("invalid_field", "This edit changes nothing.", hint=hint, pointer="/find")
+    found = places.locate(body.path)
+    pictures = list_pictures(found) if found.is_dir() else [found]
+    changes = plan_changes(pictures, edit)
+    if body.dry_run or not changes:
+        note.nothing_done = True
+    else:
+        write_captions(places, {places.shown(change.picture): change.after for change in changes})
+    note.target, note.detail = places.shown(found), {"changed": len(changes)}
+    examples = [
+        CaptionExample(path=places.shown(change.picture), before=change.before, after=change.after)
+        for change in changes[:MOST_EXAMPLES]
+    ]
+    return CaptionsEdited(pictures=len(pictures), changed=len(changes), examples=examples)
 
 
 @router.delete(

@@ -19,6 +19,8 @@ from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.environment_view import Meta, starter_datasets
 from simpletuner.server.errors import ErrorItem, did_you_mean, error_responses
 from simpletuner.server.hooks import require_hooks
+from simpletuner.server.idempotency import IdempotencyKey, build_claim, once
+from simpletuner.server.identity import Identity
 from simpletuner.server.owners import find_changeable
 from simpletuner.server.plain_json import PlainObject, PlainObjects
 from simpletuner.server.rights import needs
@@ -114,11 +116,25 @@ class ImportRequest(_Body):
     operation_id="create_environment",
     dependencies=[needs("config.create"), audits("config.create")],
     status_code=201,
-    responses=error_responses("not_found", "already_exists", "reserved_name"),
+    response_model=MadeEnvironment,
+    responses=error_responses("not_found", "already_exists", "reserved_name", "in_flight", "idempotency_mismatch"),
 )
-def create_environment(core: CoreDep, identity: IdentityDep, note: AuditDep, body: NewEnvironment) -> MadeEnvironment:
+def create_environment(
+    core: CoreDep,
+    identity: IdentityDep,
+    note: AuditDep,
+    response: Response,
+    body: NewEnvironment,
+    idempotency_key: IdempotencyKey = None,
+) -> dict[str, Any]:
     """A folder with the given identity and a starter dataset file."""
-    name = note.target = core.environments.check_new_name(body.name)
+    note.target = body.name
+    claim = build_claim(identity.user_id, idempotency_key, ["create_environment", body.model_dump()])
+    return once(core, claim, response, note, lambda: _create(core, identity, body))
+
+
+def _create(core: Core, identity: Identity, body: NewEnvironment) -> MadeEnvironment:
+    name = core.environments.check_new_name(body.name)
     config = _example(body.example) | _identity(name, body)
     datasets: list[Any] | None = None
     place = None

@@ -22,6 +22,7 @@ from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.errors import error_responses
 from simpletuner.server.identity import Identity
 from simpletuner.server.job_view import JobView, show_jobs
+from simpletuner.server.metric_series import JobMetrics, read_metrics
 from simpletuner.server.rate_limit import END
 from simpletuner.server.rights import denied, limited, needs
 from simpletuner.server.routes.events import EventPage, read_page
@@ -114,6 +115,20 @@ async def list_job_events(
 ) -> EventPage:
     wanted = EventFilter.parse(job_id=find_job(core, identity, job_id).job_id, types=types or ())
     return await read_page(core, wanted, since_index=since_index, limit=limit, wait_s=wait, images=images)
+
+
+@router.get("/{job_id}/metrics", operation_id="get_job_metrics", dependencies=[needs("job.view.*")], responses=UNKNOWN)
+def get_job_metrics(
+    core: CoreDep,
+    identity: IdentityDep,
+    job_id: str,
+    names: Annotated[list[str] | None, Query(description="Series that are wanted, repeated; all if absent.")] = None,
+    since_step: Annotated[int, Query(ge=0)] = 0,
+    max_points: Annotated[int, Query(ge=1, le=100_000, description="Of each series.")] = 1000,
+) -> JobMetrics:
+    """Loss, gradient norm, rate and times of the steps; thinned evenly, the last step always among them."""
+    job = find_job(core, identity, job_id)
+    return read_metrics(core, job, names=names or (), since_step=since_step, max_points=max_points)
 
 
 @router.get("/{job_id}/artifacts", operation_id="list_artifacts", dependencies=[needs("job.view.*")], responses=UNKNOWN)

@@ -14,6 +14,7 @@ from simpletuner.server.asking import ask, known_options, typed_values
 from simpletuner.server.audit_trail import AuditDep, audits
 from simpletuner.server.config_view import mask, secret_names
 from simpletuner.server.core import Core, CoreDep, IdentityDep
+from simpletuner.server.deep import DeepFindings
 from simpletuner.server.environment_view import shown_path
 from simpletuner.server.errors import ErrorItem, error_responses, request_id_of
 from simpletuner.server.hooks import hook_warnings, require_hooks
@@ -52,6 +53,10 @@ class ValidateAnswer(BaseModel):
     provenance: dict[str, str]
     memory_plan: dict[str, Any] | None = None
     """Of a deep validation: predicted peak bytes of each phase, on this machine."""
+    disk_plan: dict[str, Any] | None = None
+    """Likewise: bytes of checkpoints and caches."""
+    fit: dict[str, Any] | None = None
+    """`settings` with which every phase stays inside `fit_budget_gb`, what they cost, and whether that `fits`."""
 
 
 class StartAnswer(BaseModel):
@@ -93,35 +98,36 @@ async def validate_config(
     body: OptionBodyDep,
     environment: Environment = None,
     deep: bool = False,
+    fit_budget_gb: Annotated[
+        float | None, Query(gt=0, le=100_000, description="Device memory in GB (10⁹ bytes); looks as `deep` does.")
+    ] = None,
 ) -> Response:
     """What a start would say; nothing is written. HTML unless JSON is asked for.
 
-    `deep` looks at every file of the datasets and at the model's configuration, and predicts the memory of each phase:
-    a few seconds more, and the scans are kept for the start.
+    `deep` looks at every file of the datasets and at the model's configuration, and predicts memory and disk: a few
+    seconds more, and the scans are kept for the start. `fit_budget_gb` also proposes settings that fit.
     """
     resolution = (await run_in_threadpool(ask, core, body, environment, for_start=False)).resolution
     errors = resolution.errors
     warnings = [*resolution.warnings, *hook_warnings(identity, resolution.values)]
-    plan = None
-    if deep and not errors:
-        found = await core.deep.look(resolution)
-        errors, plan = errors_of(found.problems), found.memory_plan
+    found = DeepFindings([])
+    if (deep or fit_budget_gb is not None) and not errors:
+        found = await core.deep.look(resolution, None if fit_budget_gb is None else round(fit_budget_gb * 1e9))
+        errors = errors_of(found.problems)
         warnings += warnings_of(found.problems)
     status = 422 if errors else 200
     if wants_html_by_default(request.headers):
-        return HTMLResponse(
-            problem_fragment(
-                valid=not errors, errors=errors, warnings=warnings, note=plan["message"] if plan else None
-            ),
-            status,
-        )
+        fragment = problem_fragment(valid=not errors, errors=errors, warnings=warnings, note=found.note())
+        return HTMLResponse(fragment, status)
     answer = ValidateAnswer(
         valid=not errors,
         errors=show_problems(errors),
         warnings=show_problems(warnings),
         resolved_config=mask(resolution.dashed_values(), secret_names(resolution.values.get("model_family"))),
         provenance=resolution.provenance(),
-        memory_plan=plan,
+        memory_plan=found.memory_plan,
+        disk_plan=found.disk_plan,
+        fit=found.fit,
     ).model_dump()
     if errors:
         error = UserError.from_problems(errors)
@@ -178,7 +184,7 @@ def start_training(
     warnings = asked.resolution.warnings if writes else [*asked.resolution.warnings, NOT_WRITTEN]
     answer = _start_answer(core, launched, warnings).model_dump()
     if claim is not None:
-        core.store.jobs.store_answer(claim.user_id, claim.key, answer)
+        core.store.claims.store_answer(claim, answer)
     return _start_response(answer, html=html, replayed=False)
 
 

@@ -11,8 +11,9 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from simpletuner.server.audit_trail import AuditDep, AuditNote, audits
-from simpletuner.server.core import CoreDep
+from simpletuner.server.core import CoreDep, IdentityDep
 from simpletuner.server.errors import error_responses
+from simpletuner.server.idempotency import IdempotencyKey, build_claim, once
 from simpletuner.server.option_body import OptionBodyDep, option_body_schema
 from simpletuner.server.rights import needs
 from simpletuner.server.uploads.form import UploadForm, read_boundary, receive_form, told_bytes
@@ -62,16 +63,31 @@ def _form_schema(files: tuple[str, ...], *, many: bool) -> dict[str, Any]:
     operation_id="create_dataset_folder",
     dependencies=[needs("dataset.upload"), audits("dataset.create_folder")],
     status_code=201,
-    responses=error_responses("bad_path", "path_outside_root", "not_found", "already_exists", "disk_full"),
+    response_model=NewFolder,
+    responses=error_responses(
+        "bad_path", "path_outside_root", "not_found", "already_exists", "disk_full", "idempotency_mismatch"
+    ),
     openapi_extra=option_body_schema(FOLDER_EXAMPLE, required=True),
 )
-def create_dataset_folder(core: CoreDep, body: OptionBodyDep, note: AuditDep) -> NewFolder:
+def create_dataset_folder(
+    core: CoreDep,
+    identity: IdentityDep,
+    response: Response,
+    body: OptionBodyDep,
+    note: AuditDep,
+    idempotency_key: IdempotencyKey = None,
+) -> dict[str, Any]:
     """A new folder in one that exists; without `parent_path`, in the datasets folder itself."""
     written = body.only("parent_path", "folder_name")
     parent, name = str(written.get("parent_path") or ""), str(written.get("folder_name") or "")
-    path = core.reception.create_folder(parent, name)
-    note.target = str(path)
-    return NewFolder(path=str(path), name=path.name)
+    note.target = f"{parent.rstrip('/')}/{name}" if parent else name
+
+    def create() -> NewFolder:
+        path = core.reception.create_folder(parent, name)
+        return NewFolder(path=str(path), name=path.name)
+
+    claim = build_claim(identity.user_id, idempotency_key, ["create_dataset_folder", parent, name])
+    return once(core, claim, response, note, create)
 
 
 @router.post(
