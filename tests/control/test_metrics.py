@@ -74,8 +74,9 @@ def test_another_run_in_the_same_folder_is_not_this_jobs(server: InProcess, tmp_
     write_lock(tmp_path, lock_of("two"))
     (tmp_path / METRICS).write_text('{"step": 1, "loss": 9}\n')
     assert (tmp_path / LOCK).exists() and ask(server)["series"] == {}
-    with Journal(tmp_path / "events.jsonl", job_id="one") as journal:
-        progress = Progress(label="Steps", current=5, total=10, percent=50, metrics={"loss": 0.5})
-        journal.append(Event(type=EventType.TRAINING_PROGRESS, progress=progress))
+    journal = Journal(tmp_path / "events.jsonl", job_id="one")
+    progress = Progress(label="Steps", current=5, total=10, percent=50, metrics={"loss": 0.5})
+    journal.append(Event(type=EventType.TRAINING_PROGRESS, progress=progress))
+    journal.close()
     server.core.store.events.tail("one", tmp_path / "events.jsonl")
     assert ask(server) == {"series": {"loss": [[5, 0.5]]}, "last_step": 5}
