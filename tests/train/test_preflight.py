@@ -77,7 +77,7 @@ def test_settings_that_fit_a_budget(
     shared: TinyWorld, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each change is needed, the batch of a step stays, and what is proposed takes what was said of it."""
-    monkeypatch.setattr("simpletuner.train.preflight.held_bytes", lambda: 0)
+    monkeypatch.setattr("simpletuner.train.rehearsal.held_bytes", lambda: 0)
     asked = look(shared, capsys, monkeypatch, int(1e12), **FAT)["fit"]
     assert (asked["fits"], asked["settings"], asked["costs"]) == (True, {}, [])
     budget = asked["phases"]["step"]
@@ -115,7 +115,8 @@ def test_the_disk_that_a_run_takes(
     (cache,) = {Path(entry["cache_dir_vae"]) for entry in world.resolve().datasets if entry["dataset_type"] == "image"}
     cached = sum(file.stat().st_size for file in cache.glob("*.safetensors"))
     assert plan["latents_bytes"] == pytest.approx(cached, abs=4096)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=plan["checkpoint_bytes"]))
+    nearly_full = SimpleNamespace(free=plan["checkpoint_bytes"])
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: nearly_full)  # pyright: ignore[reportUnknownLambdaType]
     (warning,) = [
         one for one in look(world, capsys, monkeypatch, **options)["problems"] if one["code"] == "disk_too_small"
     ]

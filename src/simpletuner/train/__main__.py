@@ -17,6 +17,7 @@ from simpletuner.job import JobDir, RankError
 from simpletuner.process import die_with_parent, return_freed_memory
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import Ended, RequestReader
+from simpletuner.train.unused import leave_out
 
 if TYPE_CHECKING:
     from simpletuner.train.loop import Run
@@ -168,4 +169,5 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
+    leave_out(JobDir(Path(sys.argv[1])).read_config()["config"])
     sys.exit(main(sys.argv[1]))

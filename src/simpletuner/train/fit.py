@@ -18,6 +18,7 @@ from simpletuner.train.rehearsal import Rehearsal, Shapes, state_ratio
 
 _SMALLEST_DRAWN = 256
 """Validation pictures are not proposed with a shorter side than this, in pixels."""
+_TRAINING: tuple[Phase, ...] = ("step", "validation", "save")
 _GRID = 64
 """Proposed sides are multiples of it."""
 
@@ -75,24 +76,27 @@ class Fitting:
         shapes_of: Callable[[int | None], Shapes],
         device: torch.device,
         *,
+        as_it_is: Mapping[Phase, int],
         budget_bytes: int,
         held_bytes: int,
     ) -> None:
         """`shapes_of`: the shapes of the data where at most so many pictures are encoded at once.
 
-        `held_bytes`: what the process holds anyway, where that counts too.
+        `as_it_is`: the phases of the configuration, as rehearsed. `held_bytes`: what the process holds anyway, where
+        that counts too.
         """
         self._config = config
         self._spec = spec
         self._shapes_of = shapes_of
         self._device = device
+        self._as_it_is = as_it_is
         self._budget = budget_bytes
         self._held = held_bytes
 
     def find(self) -> Fit:
         rehearsal = Rehearsal(self._config, self._spec, self._shapes_of(None))
-        text_batch, text = self._encoding(self._config.text_embeds.text_encoder_batch_size, rehearsal.text)
-        picture_batch, latents = self._encoding(self._vae_batch_size(), self._latents)
+        text_batch, text = self._encoding("text", self._config.text_embeds.text_encoder_batch_size, rehearsal.text)
+        picture_batch, latents = self._encoding("latents", self._vae_batch_size(), self._latents)
         training, rungs = self._training()
         if text_batch is not None:
             rungs.append(self._slower("Captions", "text_encoder_batch_size", text_batch, [self._config.text_embeds]))
@@ -102,11 +106,12 @@ class Fitting:
         phases: dict[Phase, int] = {"text": text, "latents": latents, **training}
         return Fit(settings, tuple(dict.fromkeys(rung.cost for rung in rungs)), phases, self._budget)
 
-    def _encoding(self, batch_size: int, peak_of: Callable[[int], int]) -> tuple[int | None, int]:
+    def _encoding(self, phase: Phase, batch_size: int, peak_of: Callable[[int], int]) -> tuple[int | None, int]:
         """The largest half, quarter … of a batch that fits, None for the whole; and its peak."""
-        count = batch_size
-        while (needed := self._held + peak_of(count)) > self._budget and count > 1:
+        count, needed = batch_size, self._held + self._as_it_is[phase]
+        while needed > self._budget and count > 1:
             count //= 2
+            needed = self._held + peak_of(count)
         return (None if count == batch_size else count), needed
 
     def _slower(self, what: str, option: str, count: int, entries: Sequence[ImageDataset | TextEmbeds]) -> _Rung:
@@ -123,7 +128,7 @@ class Fitting:
         return Rehearsal(self._config, self._spec, self._shapes_of(count)).latents()
 
     def _training(self) -> tuple[dict[Phase, int], list[_Rung]]:
-        phases, kept = self._rehearse(self._config), list[_Rung]()
+        phases, kept = self._counted(self._config, self._as_it_is), list[_Rung]()
         changes: dict[str, Any] = {}
         for rung in self._rungs():
             over: set[Phase] = {phase for phase, needed in phases.items() if needed > self._budget}
@@ -165,10 +170,12 @@ class Fitting:
 
     def _rehearse(self, config: TrainConfig) -> dict[Phase, int]:
         rehearsal = Rehearsal(config, self._spec, self._shapes_of(None))
-        found = rehearsal.training(state_ratio(config, self._device)).phases
-        if config.validation.validation_disable:
-            found.pop("validation")
-        return {phase: self._held + needed for phase, needed in found.items()}
+        return self._counted(config, rehearsal.training(state_ratio(config, self._device)).phases)
+
+    def _counted(self, config: TrainConfig, phases: Mapping[Phase, int]) -> dict[Phase, int]:
+        """Of the phases of training, those that the run has, with what is held."""
+        wanted: tuple[Phase, ...] = ("step", "save") if config.validation.validation_disable else _TRAINING
+        return {phase: self._held + phases[phase] for phase in wanted}
 
 
 def _shown(value: Any) -> str:

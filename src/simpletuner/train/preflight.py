@@ -26,7 +26,7 @@ from simpletuner.families.weights import check_base
 from simpletuner.train.disk_plan import DiskPlan
 from simpletuner.train.fit import Fitting
 from simpletuner.train.memory import Phase
-from simpletuner.train.rehearsal import Rehearsal, Shapes, held_bytes, plan_phases, state_ratio
+from simpletuner.train.rehearsal import Rehearsal, Shapes, plan_phases, state_ratio
 
 
 def main() -> None:
@@ -64,13 +64,19 @@ class Preflight:
         disk = DiskPlan.of(config, list(manifests.values()), rehearsal, training)
         self.facts["disk_plan"] = disk.as_facts()
         self.problems += disk.check()
-        if budget_bytes is not None:
-            held = held_bytes() if self._device.type == "cpu" else 0
-            shapes_of = partial(Shapes.of, trained, config)
-            fitting = Fitting(config, self._spec, shapes_of, self._device, budget_bytes=budget_bytes, held_bytes=held)
-            self.facts["fit"] = fitting.find().as_facts()
         plan = plan_phases(config, self._device, rehearsal.encoding() | training.phases)
         self.facts["memory_plan"] = plan.as_facts() | {"message": str(plan)}
+        if budget_bytes is not None:
+            fitting = Fitting(
+                config,
+                self._spec,
+                partial(Shapes.of, trained, config),
+                self._device,
+                as_it_is=plan.phases,
+                budget_bytes=budget_bytes,
+                held_bytes=plan.held_bytes if self._device.type == "cpu" else 0,
+            )
+            self.facts["fit"] = fitting.find().as_facts()
         plan.enter(*_phases(config))
 
 
