@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import IntEnum
+from typing import Any
 
 from simpletuner.errors import Problem, UserError
 
@@ -17,10 +18,18 @@ class ClientExit(IntEnum):
 
 
 class Refusal(UserError):
-    """`client_exit` is what the shell is told."""
+    """`client_exit` is what the shell is told, `body` what the server answered, None where it did not."""
 
     def __init__(
-        self, code: str, message: str, client_exit: ClientExit, *, hint: str = "", problems: Iterable[Problem] = ()
+        self,
+        code: str,
+        message: str,
+        client_exit: ClientExit,
+        *,
+        hint: str = "",
+        problems: Iterable[Problem] = (),
+        body: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(code, message, hint=hint, problems=problems)
         self.client_exit = client_exit
+        self.body = body
