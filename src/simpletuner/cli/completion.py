@@ -7,10 +7,16 @@ from typing import Literal
 from simpletuner.cli.main import build_app
 
 _BASH_END = """
-# No space behind `key=`: the value follows.
+# What stands behind the = of a word that is no flag is the person's; and no space behind `key=`.
 _simpletuner_words() {
+  local at=$COMP_CWORD
+  [[ ${COMP_WORDS[at]} == "=" ]] || at=$((at - 1))
+  if [[ ${COMP_WORDS[at]} == "=" && ${COMP_WORDS[at-1]} != -* ]]; then
+    COMPREPLY=()
+    return 0
+  fi
   _simpletuner "$@"
-  [[ ${#COMPREPLY[@]} -eq 1 && ${COMPREPLY[0]} == *= ]] && compopt -o nospace
+  [[ ${#COMPREPLY[@]} -eq 1 && ${COMPREPLY[0]} == *= ]] && compopt -o nospace 2>/dev/null
   return 0
 }
 complete -F _simpletuner_words simpletuner

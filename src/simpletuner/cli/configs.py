@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from simpletuner.cli.client import place
-from simpletuner.cli.flags import NO_FLAGS, ServerFlags, Switch, columns
+from simpletuner.cli.flags import NO_FLAGS, ServerFlags, Switch, columns, nothing_to_set
 from simpletuner.cli.words import OptionWord, StoredName, typed_options
-from simpletuner.errors import UserError
 
 CONFIGS = "/api/configs"
 Tags = Annotated[list[str] | None, Parameter(negative="")]
@@ -139,7 +138,7 @@ def set_options(
     options = typed_options(words)
     body: dict[str, Any] = {"config": options, "description": description, "tags": tag}
     if not options and description is None and tag is None:
-        raise UserError("body_required", "There is nothing to set.", hint="Write key=value.")
+        raise nothing_to_set("Write key=value.")
     with flags.client() as client:
         answer = client.ask("PATCH", place(CONFIGS, name), json=body, headers=match_header(if_match))
     return flags.show(answer, *edited_lines(answer))

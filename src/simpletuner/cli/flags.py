@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from simpletuner.cli.client import URL_VARIABLE, Client
+from simpletuner.cli.refusal import ClientExit, Refusal
 
 Switch = Annotated[bool, Parameter(negative="")]
 
@@ -40,6 +41,10 @@ class ServerFlags:
 
 
 NO_FLAGS = ServerFlags()
+
+
+def nothing_to_set(hint: str) -> Refusal:
+    return Refusal("body_required", "There is nothing to set.", ClientExit.USAGE, hint=hint)
 
 
 def columns(rows: Iterable[Sequence[object]]) -> list[str]:

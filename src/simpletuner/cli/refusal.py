@@ -13,6 +13,7 @@ class ClientExit(IntEnum):
     """Apart from the codes of runs: a trainer that ends with 1 is a bug (api.md §6)."""
 
     REFUSED = 1
+    USAGE = 2
     DENIED = 5
     UNREACHABLE = 6
 

@@ -36,8 +36,11 @@ def train_there(url: str | None, environment: str | None, words: Sequence[str], 
         started = client.ask("POST", "/api/training/start", params=query, data=form(words))
         print_warnings(Problem(**item, level=Level.WARNING) for item in started["warnings"])
         with _counted_signals() as signals, build_printer(as_json=as_json) as printer:
-            wait = f", {started['reason']}" if started["reason"] else ""
-            printer.say(f"{started['message']} at {client.url}: job {started['job_id']}{wait}")
+            printer.say(f"{started['message']} at {client.url}: job {started['job_id']}")
+            if started["reason"]:
+                printer.say(f"  {started['reason']}")
+            if started["config_written"]:
+                printer.say(f"  Its settings are kept in {started['config_written']} there.")
             job = _Follower(client, started["job_id"], printer, signals).follow()
         if not as_json:
             _print_end(job, client.url)

@@ -40,7 +40,7 @@ def train(
     Parameters
     ----------
     words
-        key=value, for this run only.
+        key=value, for this run only. A server keeps them in the environment.
     env
         Environment under the configs directory; without one, every option comes from the command line.
     url

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from simpletuner.cli.client import Client, place
-from simpletuner.cli.flags import NO_FLAGS, ServerFlags, Switch, columns
+from simpletuner.cli.flags import NO_FLAGS, ServerFlags, Switch, columns, nothing_to_set
 from simpletuner.cli.prompt import ask_password
 from simpletuner.cli.refusal import ClientExit, Refusal
 
@@ -108,6 +108,8 @@ def set_user(
         changes["display_name"] = display_name or None
     if password:
         changes["password"] = ask_password("New password: ", twice=True)
+    if not changes:
+        raise nothing_to_set("`simpletuner users set --help` lists what can be.")
     with flags.client() as client:
         user = find_user(client, who)
         return _show(flags, client.ask("PATCH", place(USERS, user["id"]), json=changes))
