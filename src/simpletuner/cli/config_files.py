@@ -14,7 +14,7 @@ from simpletuner.cli.configs import CONFIGS, edited_lines, match_header
 from simpletuner.cli.flags import NO_FLAGS, ServerFlags, Switch, columns
 from simpletuner.cli.words import StoredName
 from simpletuner.config.json_text import read_json
-from simpletuner.errors import UserError
+from simpletuner.errors import ExitCode, UserError
 
 File = Literal["model", "dataloader", "lycoris"]
 
@@ -46,12 +46,17 @@ def export_config(
     try:
         output.write_text(text + "\n")
     except OSError as error:
-        raise UserError("not_writable", f"{output} cannot be written: {error.strerror}.", pointer="/output") from error
+        message = f"{output} cannot be written: {error.strerror}."
+        raise UserError("storage", message, exit_code=ExitCode.STORAGE) from error
     return flags.show(exported, f"{name} written to {output}")
 
 
 def import_config(
-    file: Path, *, name: str | None = None, overwrite: Switch = False, flags: ServerFlags = NO_FLAGS
+    file: Annotated[Path, Parameter(allow_leading_hyphen=True)],
+    *,
+    name: str | None = None,
+    overwrite: Switch = False,
+    flags: ServerFlags = NO_FLAGS,
 ) -> int:
     """Make an environment of an export, or of a config.json.
 

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -44,7 +44,7 @@ def train_there(url: str | None, environment: str | None, words: Sequence[str], 
             job = _Follower(client, started["job_id"], printer, signals).follow()
         if not as_json:
             _print_end(job, client.url)
-    return _exit_code(job)
+    return exit_code_of(job)
 
 
 class _Follower:
@@ -144,7 +144,8 @@ def _print_end(job: dict[str, Any], url: str) -> None:
     print(f"  The log is {url}/api/jobs/{job['job_id']}/logs", file=sys.stderr)
 
 
-def _exit_code(job: dict[str, Any]) -> int:
+def exit_code_of(job: Mapping[str, Any]) -> int:
+    """Of a job that has ended; one whose end nobody knows counts as killed."""
     if job["status"] == JobStatus.COMPLETED:
         return ExitCode.DONE
     if job["status"] in {JobStatus.STOPPED, JobStatus.CANCELLED}:
