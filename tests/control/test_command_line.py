@@ -166,7 +166,6 @@ def test_users(root: Terminal, root_key: str) -> None:
     assert root.json("users", "set", "ada", "--display-name", "")["display_name"] is None
     assert root.run("users", "set", "ada", "--password", stdin="another-password") == 0
     root.set("API_KEY", "")
-    assert root.run("auth", "login", "ada", stdin=PASSWORD) == 5
     assert root.run("auth", "login", "ada", stdin="another-password") == 0
     assert root.run("users", "list") == 5
     root.set("API_KEY", root_key)
@@ -291,9 +290,8 @@ def start_words(server: ServerProcess, name: str, **more: int) -> list[str]:
 
 def test_a_run_is_followed_to_its_end(root: Terminal) -> None:
     words = start_words(root.server, "whole", max_train_steps=3)
-    assert root.run("train", *words) == 0, root.err
-    assert ("Step 1/3" in root.out, "Step 3/3" in root.out, "Training started" in root.err) == (True, True, True)
-    assert root.run("train", *words, "--json") == 0
+    assert root.run("train", *words, "--json") == 0, root.err
+    assert "Training started" in root.err
     events = [json.loads(line) for line in root.out.splitlines()]
     assert [event["data"]["to"] for event in events if event["type"] == "job.status"][-1] == "completed"
     indices = [event["index"] for event in events]
