@@ -16,8 +16,11 @@ from simpletuner.cli.main import main
 
 
 @pytest.fixture
-def target(shared_server: ServerProcess, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def target(
+    shared_server: ServerProcess, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> str:
     """A new folder on the server that the commands ask."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no-keys"))
     monkeypatch.setenv("SIMPLETUNER_URL", shared_server.url)
     monkeypatch.delenv("SIMPLETUNER_API_KEY", raising=False)
     name = request.node.name

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json as json_text
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from cyclopts import Parameter
-
-from simpletuner.cli.client import Client
+from simpletuner.cli.client import PAGE, Client
+from simpletuner.cli.flags import NO_FLAGS, ServerFlags
 from simpletuner.cli.refusal import ClientExit
 from simpletuner.errors import UserError
 
 FILES_A_REQUEST = 200
-PAGE = 500
-Json = Annotated[bool, Parameter(negative="")]
 
 
 def upload(
@@ -27,7 +22,7 @@ def upload(
     /,
     *,
     on_conflict: Literal["error", "skip", "overwrite"] = "error",
-    json: Json = False,
+    flags: ServerFlags = NO_FLAGS,
 ) -> int:
     """Send files, folders and zip archives into a folder of the server's datasets.
 
@@ -39,49 +34,42 @@ def upload(
         A folder is sent with what is in it, without hidden files; a zip is unpacked by the server.
     on_conflict
         What happens to a file whose name is taken by other bytes.
-    json
-        Print the answers of the server, a line each.
     """
     archives = [path for path in files if path.suffix.lower() == ".zip" and path.is_file()]
     others = list(_named_files([path for path in files if path not in archives]))
     fields = {"target_path": target, "on_conflict": on_conflict}
     refused = False
-    with Client(os.environ) as client:
+    with flags.client() as client:
         for archive in archives:
             with archive.open("rb") as file:
                 sent = {"file": (archive.name, file)}
                 answer = client.ask("POST", "/api/datasets/upload/zip", data=fields, files=sent)
-            refused |= _show(answer, json=json)
+            refused |= _show(answer, flags)
         for start in range(0, len(others), FILES_A_REQUEST):
             with ExitStack() as stack:
                 batch = others[start : start + FILES_A_REQUEST]
                 sent = [("files", (name, stack.enter_context(path.open("rb")))) for path, name in batch]
                 answer = client.ask("POST", "/api/datasets/upload", data=fields, files=sent)
-            refused |= _show(answer, json=json)
+            refused |= _show(answer, flags)
     return ClientExit.REFUSED if refused else 0
 
 
-def list_entries(path: str = "", *, json: Json = False) -> int:
+def list_entries(path: str = "", *, flags: ServerFlags = NO_FLAGS) -> int:
     """List a folder of the server's datasets.
 
     Parameters
     ----------
     path
         Under the datasets folder, absolute or relative.
-    json
-        Print the server's answers, a page a line.
     """
-    with Client(os.environ) as client:
+    with flags.client() as client:
         for page in _pages(client, "/api/datasets/browse", path, "entries"):
-            if json:
-                print(json_text.dumps(page))
-                continue
-            for entry in page["entries"]:
-                print(f"{entry['bytes']:>14}  {entry['kind']:<6}  {entry['path']}")
+            lines = (f"{entry['bytes']:>14}  {entry['kind']:<6}  {entry['path']}" for entry in page["entries"])
+            flags.show(page, *lines)
     return 0
 
 
-def captions(path: str = "", *, set: str | None = None, json: Json = False) -> int:
+def captions(path: str = "", *, set: str | None = None, flags: ServerFlags = NO_FLAGS) -> int:
     """Show the captions of a picture, or of all pictures below a folder; or write one.
 
     Parameters
@@ -90,20 +78,14 @@ def captions(path: str = "", *, set: str | None = None, json: Json = False) -> i
         Under the datasets folder, absolute or relative.
     set
         New caption of the one picture that `path` names.
-    json
-        Print the server's answers, a page a line.
     """
-    with Client(os.environ) as client:
+    with flags.client() as client:
         if set is not None:
             answer = client.ask("PUT", "/api/datasets/captions", json={path: set})
-            print(json_text.dumps(answer) if json else f"{answer['changed']} changed")
-            return 0
+            return flags.show(answer, f"{answer['changed']} changed")
         for page in _pages(client, "/api/datasets/captions", path, "captions"):
-            if json:
-                print(json_text.dumps(page))
-                continue
-            for name, text in page["captions"].items():
-                print(f"{name}\t{'' if text is None else ' '.join(text.split())}")
+            found = page["captions"].items()
+            flags.show(page, *(f"{name}\t{'' if text is None else ' '.join(text.split())}" for name, text in found))
     return 0
 
 
@@ -128,12 +110,10 @@ def _named_files(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
             raise UserError("not_found", f"There is no {path}.", pointer="/files")
 
 
-def _show(answer: dict[str, Any], *, json: bool) -> bool:
+def _show(answer: dict[str, Any], flags: ServerFlags) -> bool:
     """Whether something was refused."""
-    if json:
-        print(json_text.dumps(answer))
-    else:
-        print(f"{answer['files_uploaded']} stored, {answer['files_skipped']} skipped in {answer['target_path']}")
+    counts = f"{answer['files_uploaded']} stored, {answer['files_skipped']} skipped"
+    flags.show(answer, f"{counts} in {answer['target_path']}")
     for row in answer["results"]:
         if row["status"] == "error":
             print(f"{row['name']}: {row['reason']}. {row['hint'] or ''}", file=sys.stderr)

@@ -28,7 +28,7 @@ def ledger(
         Print one JSON line per file.
     """
     local = read_local_config(env, words)
-    print_warnings(local.resolution)
+    print_warnings(local.resolution.warnings)
     request = preflight_request(local.resolution.require())
     # Scanning belongs to the training world: it is asked through its process, not imported.
     scan = subprocess.run(

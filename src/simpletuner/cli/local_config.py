@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from simpletuner.config.environments import Environments
 from simpletuner.config.resolve import Resolution, resolve
 from simpletuner.config.sources import layer_from_argv
 from simpletuner.config.train_config import option_fields
+from simpletuner.errors import Problem
 from simpletuner.server.settings import ServerSettings
 
 ENVIRONMENT_VARIABLES = ("SIMPLETUNER_ENVIRONMENT", "SIMPLETUNER_ENV", "ENV")
@@ -28,7 +29,7 @@ class LocalConfig:
 def read_local_config(env: str | None, words: Sequence[str], *, for_start: bool = True) -> LocalConfig:
     """Environment `env` (else by variable) under what `words` set. Raises UserError for an unknown environment."""
     settings = ServerSettings.read({}, os.environ, Path.cwd())
-    environment = env or next((os.environ[name] for name in ENVIRONMENT_VARIABLES if os.environ.get(name)), None)
+    environment = environment_name(env)
     known = option_fields()
     layers = [layer_from_argv(words, name="request", known=known)]
     if environment is not None:
@@ -37,7 +38,12 @@ def read_local_config(env: str | None, words: Sequence[str], *, for_start: bool 
     return LocalConfig(settings, environment, resolve(layers, directories, for_start=for_start))
 
 
-def print_warnings(resolution: Resolution) -> None:
-    for problem in resolution.warnings:
+def environment_name(env: str | None) -> str | None:
+    """By flag, else by variable."""
+    return env or next((os.environ[name] for name in ENVIRONMENT_VARIABLES if os.environ.get(name)), None)
+
+
+def print_warnings(warnings: Iterable[Problem]) -> None:
+    for problem in warnings:
         hint = f" {problem.hint}" if problem.hint else ""
         print(f"warning: {problem.pointer} {problem.message}{hint}", file=sys.stderr)

@@ -15,9 +15,11 @@ from typing import Annotated
 from cyclopts import Parameter
 
 import simpletuner
+from simpletuner.cli.client import URL_VARIABLE
 from simpletuner.cli.follow import EventPrinter, build_printer
-from simpletuner.cli.local_config import LocalConfig, print_warnings, read_local_config
+from simpletuner.cli.local_config import LocalConfig, environment_name, print_warnings, read_local_config
 from simpletuner.cli.webhooks import post_webhooks
+from simpletuner.cli.words import OptionWord, complete_environments
 from simpletuner.config.resolve import freeze
 from simpletuner.errors import ExitCode
 from simpletuner.events import read_journal
@@ -28,21 +30,30 @@ _SIGNAL_BASE = 128
 
 
 def train(
-    *words: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
-    env: str | None = None,
+    *words: OptionWord,
+    env: Annotated[str | None, Parameter(completer=complete_environments)] = None,
+    url: str | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Train here and now: simpletuner train --env NAME [key=value …]. Ctrl-C stops with a checkpoint, twice cancels.
 
     Parameters
     ----------
+    words
+        key=value, for this run only. A server keeps them in the environment.
     env
         Environment under the configs directory; without one, every option comes from the command line.
+    url
+        Train at this server, and follow it from here. Variable SIMPLETUNER_URL.
     json
         Print each event as a line of JSON.
     """
+    if url or os.environ.get(URL_VARIABLE):
+        from simpletuner.cli.remote_train import train_there
+
+        return train_there(url, environment_name(env), words, as_json=json)
     local = read_local_config(env, words)
-    print_warnings(local.resolution)
+    print_warnings(local.resolution.warnings)
     job = _freeze(local)
     with post_webhooks(job, local.settings), build_printer(as_json=json) as printer:
         record = _follow(job, local.settings.workspace, printer)

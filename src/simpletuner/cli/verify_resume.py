@@ -61,7 +61,7 @@ def verify_resume(
         Print JSON.
     """
     local = read_local_config(env, words)
-    print_warnings(local.resolution)
+    print_warnings(local.resolution.warnings)
     config, _, datasets = freeze(local.resolution)
     chosen = random.SystemRandom().randrange(2**31) if seed is None else seed
     accumulation = config["gradient_accumulation_steps"]

@@ -138,7 +138,11 @@ def layer_from_pairs(pairs: Iterable[tuple[str, str]], *, name: str, known: Mapp
 
 
 def layer_from_argv(words: Sequence[str], *, name: str, known: Mapping[str, OptionField]) -> Layer:
-    """From `key=value`, `--key=value`, `--key value` and bare `--flag` words."""
+    return layer_from_pairs(split_argv(words, known), name=name, known=known)
+
+
+def split_argv(words: Sequence[str], known: Mapping[str, OptionField]) -> list[tuple[str, str]]:
+    """The pairs of `key=value`, `--key=value`, `--key value` and bare `--flag` words."""
     pairs: list[tuple[str, str]] = []
     waiting: str | None = None
     for word in words:
@@ -156,7 +160,7 @@ def layer_from_argv(words: Sequence[str], *, name: str, known: Mapping[str, Opti
             waiting = key
     if waiting is not None:
         pairs.append((waiting, "true"))
-    return layer_from_pairs(pairs, name=name, known=known)
+    return pairs
 
 
 def parse_boolean(raw: Any) -> bool | None:
