@@ -10,6 +10,8 @@ import pytest
 from in_process import InProcess
 from PIL import Image
 
+from simpletuner.cli.main import main
+
 OPTIONS: dict[str, Any] = {
     "--model_family": "pixart_sigma",
     "--model_flavour": "nano",
@@ -47,8 +49,20 @@ def test_a_deep_validation_predicts_memory_and_disk(server: InProcess) -> None:
     assert answer["fit"]["fits"] and answer["fit"]["budget_bytes"] == 100e9 and answer["fit"]["settings"] == {}
 
 
+def test_the_command_line_looks_as_deep(
+    server: InProcess, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    created = server.ask("POST", "/api/configs", json={"name": "demo", "config": OPTIONS})
+    assert created.status_code == 201, created.text
+    monkeypatch.chdir(server.settings.workspace)
+    assert main(["configs", "validate", "demo", "--fit-budget-gb", "0.001"]) == 0
+    said = capsys.readouterr().out
+    assert "demo is valid" in said and "Predicted on disk: " in said and "fits into 0.00 GB" in said
+
+
 def test_a_mistake_is_told_without_looking_deeper(server: InProcess) -> None:
-    answer = validate(server, **{"--learning_rat": 1}).json()
+    mistake: dict[str, Any] = {"--learning_rat": 1}
+    answer = validate(server, **mistake).json()
     assert answer["code"] == "invalid_config" and answer["memory_plan"] is None
 
 

@@ -8,15 +8,17 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
 from simpletuner.config.resolve import Resolution
-from simpletuner.errors import Level, Problem
+from simpletuner.errors import Level, Problem, UserError
 
 MODULE = "simpletuner.train.preflight"
+PLANS = ("memory_plan", "disk_plan", "fit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,11 @@ class DeepFindings:
         return " ".join(plan["message"] for plan in (self.memory_plan, self.disk_plan, self.fit) if plan)
 
 
+def budget_bytes(gigabytes: float | None) -> int | None:
+    """A GB is 10⁹ bytes: what a card's name promises, it has at least."""
+    return None if gigabytes is None else round(gigabytes * 1e9)
+
+
 class DeepValidation:
     """One at a time: it takes a core for some seconds."""
 
@@ -43,7 +50,10 @@ class DeepValidation:
         self._free = asyncio.Semaphore(1)
 
     async def look(self, resolution: Resolution, fit_budget_bytes: int | None = None) -> DeepFindings:
-        """Of a configuration without errors."""
+        """Of a configuration without errors. Raises UserError `not_implemented` where there is no torch."""
+        if find_spec("torch") is None:
+            hint = "Install simpletuner with an extra such as `cpu` or `cuda`, or ask a server that has it."
+            raise UserError("not_implemented", "To look this deep takes torch, which is not installed.", hint=hint)
         config = resolution.require().to_flat()
         asked = {"config": config, "datasets": resolution.datasets, "fit_budget_bytes": fit_budget_bytes}
         request = json.dumps(asked).encode()

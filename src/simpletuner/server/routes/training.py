@@ -14,7 +14,7 @@ from simpletuner.server.asking import ask, known_options, typed_values
 from simpletuner.server.audit_trail import AuditDep, audits
 from simpletuner.server.config_view import mask, secret_names
 from simpletuner.server.core import Core, CoreDep, IdentityDep
-from simpletuner.server.deep import DeepFindings
+from simpletuner.server.deep import DeepFindings, budget_bytes
 from simpletuner.server.environment_view import shown_path
 from simpletuner.server.errors import ErrorItem, error_responses, request_id_of
 from simpletuner.server.hooks import hook_warnings, require_hooks
@@ -88,7 +88,10 @@ def show_problems(problems: list[Problem]) -> list[ErrorItem]:
     operation_id="validate_config",
     dependencies=[needs("config.view")],
     response_model=ValidateAnswer,
-    responses={200: {"content": {"text/html": {}}}, **error_responses("unknown_config", "unsupported_media_type")},
+    responses={
+        200: {"content": {"text/html": {}}},
+        **error_responses("unknown_config", "unsupported_media_type", "not_implemented"),
+    },
     openapi_extra=option_body_schema(EXAMPLE),
 )
 async def validate_config(
@@ -112,7 +115,7 @@ async def validate_config(
     warnings = [*resolution.warnings, *hook_warnings(identity, resolution.values)]
     found = DeepFindings([])
     if (deep or fit_budget_gb is not None) and not errors:
-        found = await core.deep.look(resolution, None if fit_budget_gb is None else round(fit_budget_gb * 1e9))
+        found = await core.deep.look(resolution, budget_bytes(fit_budget_gb))
         errors = errors_of(found.problems)
         warnings += warnings_of(found.problems)
     status = 422 if errors else 200
