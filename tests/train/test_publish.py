@@ -23,7 +23,7 @@ from simpletuner.errors import ExitCode, UserError
 from simpletuner.job import CommandName
 from simpletuner.train.providers import open_provider
 from simpletuner.train.publish import RESULT_MANIFEST
-from simpletuner.train.retry import Retry
+from simpletuner.retry import Retry
 from simpletuner.train.upload import Uploaded, upload
 
 TO_HUB: dict[str, Any] = {"push_to_hub": True, "hub_model_id": "me/tiny"}

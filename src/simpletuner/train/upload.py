@@ -17,7 +17,7 @@ from simpletuner.config.publish_target import frozen_targets
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.job import JobDir
 from simpletuner.train.providers import Provider, open_provider
-from simpletuner.train.retry import Retry
+from simpletuner.retry import Retry
 
 
 @dataclass(frozen=True, slots=True)
