@@ -135,7 +135,8 @@ def _read_facts(path: Path, stat: Mapping[str, FileStat]) -> dict[str, _Facts]:
                 known = stat.get(row[0])
                 if known and [known.num_bytes, known.mtime_ns, known.version] == row[1:4]:
                     size = (row[4][0], row[4][1]) if row[4] else None
-                    facts[row[0]] = _Facts(*row[1:4], size, bytes.fromhex(row[5]) if row[5] else None, row[6])
+                    content = bytes.fromhex(row[5]) if row[5] else None
+                    facts[row[0]] = _Facts(row[1], row[2], row[3], size, content, row[6])
     except (OSError, ValueError, IndexError, TypeError):
         return {}
     return facts

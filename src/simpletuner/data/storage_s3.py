@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import IO, Any, TypeVar
 
 from simpletuner.config.dataset_options import PictureDataset
@@ -26,7 +27,7 @@ class S3Backend:
     """The objects under a prefix. Parts with a leading dot are hidden, as files are; folder markers are no files."""
 
     def __init__(self, dataset: PictureDataset, retry: Retry | None = None) -> None:
-        """Raises UserError `storage_denied` where a key's variable is not set."""
+        """Raises UserError `env_not_set` where a key's variable is not set."""
         assert dataset.aws_bucket_name is not None
         self._id = dataset.id
         self._bucket = dataset.aws_bucket_name
@@ -49,7 +50,7 @@ class S3Backend:
         found: dict[str, FileStat] = {}
         token: str | None = None
         while True:
-            page = self._ask(lambda token=token: self._list_page(token), f"its listing of {self._prefix!r}")
+            page = self._ask(partial(self._list_page, token), f"its listing of {self._prefix!r}")
             for row in page.get("Contents", ()):
                 path = str(row["Key"])[len(self._prefix) :]
                 if path and not path.endswith("/") and not any(part.startswith(".") for part in path.split("/")):
@@ -152,8 +153,8 @@ class S3Backend:
         return UserError(
             "storage_denied",
             f"Dataset {self._id!r}: {what} in the bucket {self._bucket} may not be read: {reason}",
-            hint="Set `aws_access_key_id` and `aws_secret_access_key` to {env:NAME}, or the variables AWS_ACCESS_KEY_ID "
-            "and AWS_SECRET_ACCESS_KEY; the key needs s3:ListBucket and s3:GetObject.",
+            hint="Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the keys `aws_access_key_id` and "
+            "`aws_secret_access_key` to {env:NAME}; the account needs s3:ListBucket and s3:GetObject.",
             pointer="/aws_access_key_id",
             exit_code=ExitCode.OUTSIDE,
         )

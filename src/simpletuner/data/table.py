@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
@@ -62,7 +64,7 @@ def read_table(columns: ParquetColumns, backend: DataBackend) -> CaptionTable:
     is_json = PurePosixPath(path).suffix.lower() in (".jsonl", ".json")
     try:
         with Path(path).open("rb") if Path(path).is_absolute() else backend.open(path) as file:
-            rows = read_json_lines(file, wanted) if is_json else _read_parquet(file)
+            rows = read_json_lines(file, wanted) if is_json else read_parquet(file)
     except (OSError, ValueError) as error:
         raise UserError(
             "caption_table_unreadable",
@@ -89,7 +91,8 @@ def check_columns(table: str, known: Iterable[str], wanted: Iterable[str]) -> No
             )
 
 
-def _read_parquet(file: IO[bytes]) -> dict[str, list[Any]]:
+def read_parquet(file: IO[bytes]) -> dict[str, list[Any]]:
+    """All columns. Raises OSError or ValueError."""
     # Imported here: it takes 0.2 s, and few datasets need it. By name: it carries no types.
     parquet: Any = import_module("pyarrow.parquet")
     return parquet.read_table(file).to_pydict()
@@ -100,3 +103,13 @@ def read_json_lines(file: IO[bytes], wanted: Iterable[str]) -> dict[str, list[An
     rows: list[dict[str, Any]] = [json.loads(line) for line in file if line.strip()]
     names = {name for row in rows for name in row} if rows else set(wanted)
     return {name: [row.get(name) for row in rows] for name in sorted(names)}
+
+
+def read_csv(file: IO[bytes]) -> dict[str, list[Any]]:
+    """Columns of a table with a header; a cell that is left out is None. Raises ValueError, for other than UTF-8 too."""
+    reader = csv.DictReader(TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from error
+    return {name: [row[name] for row in rows] for name in reader.fieldnames or ()}
