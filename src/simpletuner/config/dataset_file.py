@@ -24,7 +24,7 @@ from simpletuner.config.dataset_options import (
 from simpletuner.config.directories import Directories, expand_placeholders
 from simpletuner.config.json_text import duplicate_problems, read_json
 from simpletuner.config.sources import parse_boolean
-from simpletuner.config.storage_options import KEYS_OF_TYPE, SECRET_KEYS
+from simpletuner.config.storage_options import KEYS_OF_TYPE, SECRET_KEYS, keys_of_other_types
 from simpletuner.config.storage_rules import check_keys, default_strategy
 from simpletuner.errors import Level, Problem, UserError
 
@@ -134,7 +134,8 @@ class _EntryReader:
             values = self._follow_source(values) | {"dataset_type": kind}
         self._fill(values, set(model.model_fields))
         try:
-            return model.model_validate(values).model_dump(mode="json")
+            others = keys_of_other_types(str(values.get("type", "local")))
+            return model.model_validate(values).model_dump(mode="json", exclude=others)
         except ValidationError as error:
             for detail in error.errors():
                 key = str(detail["loc"][0]) if detail["loc"] else ""

@@ -80,6 +80,10 @@ SECRET_KEYS = ("aws_access_key_id", "aws_secret_access_key")
 """Kept as `{env:NAME}`, in the frozen job too, and filled in where the storage is opened."""
 
 
+def keys_of_other_types(kind: str) -> set[str]:
+    return {key for other, keys in KEYS_OF_TYPE.items() if other != kind for key in keys}
+
+
 def place_of(entry: Mapping[str, Any]) -> str:
     """Of an entry whose required key is there."""
     match entry.get("type", "local"):

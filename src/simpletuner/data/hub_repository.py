@@ -130,6 +130,8 @@ class HubRepository:
             hint = "Correct `revision`: a branch, a tag or a commit."
             raise self.missing(f"{self.name} has no revision {self._revision!r}.", hint, "revision") from error
         except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+            if isinstance(error.__cause__, HfHubHTTPError) and error.__cause__.response.status_code >= 500:
+                raise Passing(*self._words(what, error.__cause__), exit_code=ExitCode.OUTSIDE) from error
             raise self._unreachable(what, error) from error
         except EntryNotFoundError as error:
             raise self.missing(f"{what} is not in the repository.", "Start again.", "dataset_name") from error

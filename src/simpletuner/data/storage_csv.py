@@ -19,6 +19,7 @@ from simpletuner.data.storage import FileStat, split_extension
 from simpletuner.data.table import check_columns, read_csv, variants_of
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.job import write_atomic
+from simpletuner.retry import Retry
 
 _FETCHERS = 16
 
@@ -36,13 +37,13 @@ class CsvBackend:
     Paths are `<host>/<path>` of the URLs, so that they do not depend on the order of the lines.
     """
 
-    def __init__(self, dataset: PictureDataset, downloader: Downloader | None = None) -> None:
+    def __init__(self, dataset: PictureDataset, retry: Retry | None = None) -> None:
         assert dataset.csv_file is not None
         assert dataset.csv_cache_dir is not None
         self._dataset = dataset
         self._csv = Path(dataset.csv_file)
         self._folder = Path(dataset.csv_cache_dir)
-        self._downloader = downloader
+        self._retry = retry
         self._files: dict[str, Path] = {}
         self._captions: dict[str, tuple[str, ...]] = {}
 
@@ -57,7 +58,7 @@ class CsvBackend:
     def list(self) -> list[FileStat]:
         """Raises UserError `caption_table_unreadable` or `caption_table_column` (65)."""
         captions = self._read_lines()
-        with self._downloader or Downloader() as downloader, ThreadPoolExecutor(_FETCHERS, "csv") as pool:
+        with Downloader(self._retry) as downloader, ThreadPoolExecutor(_FETCHERS, "csv") as pool:
             fetched = list(pool.map(partial(self._fetch, downloader), captions))
         found = list(self._name(fetched))
         self._captions = {

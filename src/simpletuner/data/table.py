@@ -106,7 +106,7 @@ def read_json_lines(file: IO[bytes], wanted: Iterable[str]) -> dict[str, list[An
 
 
 def read_csv(file: IO[bytes]) -> dict[str, list[Any]]:
-    """Columns of a table with a header; a cell that is left out is None. Raises ValueError, for other than UTF-8 too."""
+    """Columns of a table with a header; a cell left out is None. Raises ValueError, for other than UTF-8."""
     reader = csv.DictReader(TextIOWrapper(file, encoding="utf-8-sig", newline=""))
     try:
         rows = list(reader)
