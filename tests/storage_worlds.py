@@ -255,8 +255,14 @@ class HubFilesWorld(World):
     def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
         super().__init__(root)
         self.server = HubServer()
-        values = {"ENDPOINT": self.server.url, "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(root / "hub")}
-        for name, value in (values | {"HF_HUB_DISABLE_XET": True}).items():
+        values: dict[str, Any] = {
+            "ENDPOINT": self.server.url,
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_CACHE": str(root / "hub"),
+        }
+        template = f"{self.server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        values |= {"HF_HUB_DISABLE_XET": True, "HUGGINGFACE_CO_URL_TEMPLATE": template}
+        for name, value in values.items():
             patch.setattr(f"huggingface_hub.constants.{name}", value)
 
     @property

@@ -55,6 +55,7 @@ class Downloader:
     def _follow(self, url: str) -> bytes:
         deadline = time.monotonic() + _WHOLE_S
         try:
+            _check_target(httpx2.URL(url))
             request = self._client.build_request("GET", url)
             for _ in range(_MOST_REDIRECTS + 1):
                 _check_target(request.url)

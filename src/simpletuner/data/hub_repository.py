@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from simpletuner.config.dataset_options import PictureDataset
 from simpletuner.errors import ExitCode, UserError
@@ -16,7 +16,6 @@ from simpletuner.job import write_atomic
 from simpletuner.retry import Passing, Retry
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-T = TypeVar("T")
 
 
 class RepositoryFile(NamedTuple):
@@ -52,7 +51,7 @@ class HubRepository:
         known = self._remembered()
         if known is None or not _COMMIT.fullmatch(self._revision or ""):
             try:
-                known = self._ask(self._look, self.name)
+                known = self._retry(self._look)
             except _Unreachable:
                 if known is None:
                     raise
@@ -63,13 +62,11 @@ class HubRepository:
         return known
 
     def fetch(self, path: str) -> Path:
-        """A file of the commit that was resolved, on this disk; it is not fetched twice. Raises as `resolve` does."""
+        """A file of the commit that was resolved, on this disk; it is not fetched twice. Raises as `resolve` does, OSError for no such file."""
         from huggingface_hub import hf_hub_download
 
-        found = self._ask(
-            lambda: hf_hub_download(self.name, path, repo_type="dataset", revision=self._commit), f"{self.name}/{path}"
-        )
-        return Path(str(found))
+        with self._failures(f"{self.name}/{path}"):  # the library itself tries again
+            return Path(hf_hub_download(self.name, path, repo_type="dataset", revision=self._commit))
 
     def missing(self, message: str, hint: str, key: str) -> UserError:
         """What was asked for is not in the repository."""
@@ -84,7 +81,8 @@ class HubRepository:
     def _look(self) -> Snapshot:
         from huggingface_hub import HfApi
 
-        found = HfApi().dataset_info(self.name, revision=self._revision, files_metadata=True)
+        with self._failures(self.name):
+            found = HfApi().dataset_info(self.name, revision=self._revision, files_metadata=True)
         files = [
             RepositoryFile(row.rfilename, row.size or 0, row.lfs.sha256 if row.lfs else row.blob_id or "")
             for row in found.siblings or ()
@@ -98,13 +96,6 @@ class HubRepository:
             return Snapshot(str(commit), [RepositoryFile(*row) for row in files])
         except (OSError, ValueError, TypeError):
             return None
-
-    def _ask(self, act: Callable[[], T], what: str) -> T:
-        def once() -> T:
-            with self._failures(what):
-                return act()
-
-        return self._retry(once)
 
     @contextmanager
     def _failures(self, what: str) -> Generator[None]:
@@ -130,20 +121,18 @@ class HubRepository:
             hint = "Correct `revision`: a branch, a tag or a commit."
             raise self.missing(f"{self.name} has no revision {self._revision!r}.", hint, "revision") from error
         except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-            if isinstance(error.__cause__, HfHubHTTPError) and error.__cause__.response.status_code >= 500:
-                raise Passing(*self._words(what, error.__cause__), exit_code=ExitCode.OUTSIDE) from error
-            raise self._unreachable(what, error) from error
+            raise self._unavailable(_Unreachable, what, error) from error
         except EntryNotFoundError as error:
-            raise self.missing(f"{what} is not in the repository.", "Start again.", "dataset_name") from error
+            raise FileNotFoundError(f"{what} is not there") from error
         except HfHubHTTPError as error:
             status = error.response.status_code
             if status in (401, 403):
                 raise self._denied(f"{what} may not be read") from error
             if status >= 500 or status in (408, 429):
-                raise Passing(*self._words(what, error), exit_code=ExitCode.OUTSIDE) from error
-            raise self._unreachable(what, error) from error
+                raise self._unavailable(Passing, what, error) from error
+            raise self._unavailable(_Unreachable, what, error) from error
         except HTTPError as error:
-            raise self._unreachable(what, error) from error
+            raise self._unavailable(_Unreachable, what, error) from error
 
     def _denied(self, reason: str) -> UserError:
         return UserError(
@@ -154,13 +143,14 @@ class HubRepository:
             exit_code=ExitCode.OUTSIDE,
         )
 
-    def _unreachable(self, what: str, error: Exception) -> UserError:
-        hint = "Look after the network, HF_ENDPOINT and HF_HUB_OFFLINE. What was fetched once needs no network."
-        return _Unreachable(*self._words(what, error), hint=hint, pointer="/dataset_name", exit_code=ExitCode.OUTSIDE)
-
-    def _words(self, what: str, error: Exception) -> tuple[str, str]:
-        reason = " ".join(str(error).split())
-        return "storage_unavailable", f"Dataset {self._id!r}: {what} cannot be had from the hub: {reason}"
+    def _unavailable(self, kind: type[UserError], what: str, error: Exception) -> UserError:
+        return kind(
+            "storage_unavailable",
+            f"Dataset {self._id!r}: {what} cannot be had from the hub: {' '.join(str(error).split())}",
+            hint="Look after the network, HF_ENDPOINT and HF_HUB_OFFLINE. What was fetched once needs no network.",
+            pointer="/dataset_name",
+            exit_code=ExitCode.OUTSIDE,
+        )
 
 
 class _Unreachable(UserError):

@@ -60,6 +60,7 @@ class CsvBackend:
         captions = self._read_lines()
         with Downloader(self._retry) as downloader, ThreadPoolExecutor(_FETCHERS, "csv") as pool:
             fetched = list(pool.map(partial(self._fetch, downloader), captions))
+        self._files = {}
         found = list(self._name(fetched))
         self._captions = {
             path: tuple(dict.fromkeys(captions[row.url])) for row, (path, _) in zip(fetched, found, strict=True)
