@@ -80,6 +80,8 @@ class HubServer(FileServer):
                 content = self.files["/".join(rest)]
                 names = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
                 return 200, names, content
+            case ["datasets", "me", "pictures", *_]:
+                return 404, {"X-Error-Code": "EntryNotFound"}, b"{}"
             case _:
                 return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
 
@@ -255,11 +257,8 @@ class HubFilesWorld(World):
     def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
         super().__init__(root)
         self.server = HubServer()
-        values: dict[str, Any] = {
-            "ENDPOINT": self.server.url,
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_CACHE": str(root / "hub"),
-        }
+        values: dict[str, Any] = {"ENDPOINT": self.server.url, "HF_HUB_OFFLINE": False}
+        values["HF_HUB_CACHE"] = str(root / "hub")
         template = f"{self.server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         values |= {"HF_HUB_DISABLE_XET": True, "HUGGINGFACE_CO_URL_TEMPLATE": template}
         for name, value in values.items():

@@ -62,7 +62,7 @@ class HubRepository:
         return known
 
     def fetch(self, path: str) -> Path:
-        """A file of the commit that was resolved, on this disk; it is not fetched twice. Raises as `resolve` does, OSError for no such file."""
+        """A file of the commit that was resolved, on this disk. Raises as `resolve` does, OSError for no such file."""
         from huggingface_hub import hf_hub_download
 
         with self._failures(f"{self.name}/{path}"):  # the library itself tries again
