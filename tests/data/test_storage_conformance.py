@@ -72,7 +72,8 @@ def build(kind: str, request: pytest.FixtureRequest, root: Path, patch: pytest.M
 
 def scan(world: World, **keys: Any) -> Manifest:
     dataset = world.dataset(**keys)
-    return discover(dataset, alignment=8, cache_dir=world.scans, backend=world.backend(dataset))
+    backend = world.backend(dataset)
+    return discover(dataset, alignment=8, cache_dir=world.scans, backend=backend, pointer="/datasets/3")
 
 
 def rows_of(manifest: Manifest) -> list[dict[str, Any]]:
@@ -200,6 +201,7 @@ def test_a_key_that_names_nothing(
         return
     with pytest.raises(UserError) as caught:
         scan(world, **keys)
+    assert caught.value.pointer.startswith("/datasets/3")
     assert caught.value.code == code and words in f"{caught.value.message} {caught.value.hint}"
 
 

@@ -23,6 +23,7 @@ from simpletuner.data.plan import Members, PlannedSet
 from simpletuner.data.scan import Scan
 from simpletuner.data.storage import DataBackend, FileStat, split_extension, stem_of
 from simpletuner.data.table import CaptionTable, read_table
+from simpletuner.errors import placed
 
 Tokenizer = Callable[[Sequence[str]], Sequence[tuple[int, bool]]]
 """Captions → (tokens used, whether the caption was cut short) of each."""
@@ -147,12 +148,24 @@ def discover(
     cache_dir: Path,
     tokenizer: Tokenizer | None = None,
     backend: DataBackend | None = None,
+    pointer: str = "",
 ) -> Manifest:
     """Scan a dataset and plan each picture, in bytewise order of paths. Decodes nothing.
 
     `cache_dir` keeps what was learnt of the files, so that an unchanged folder is scanned without opening any.
-    Raises UserError where the storage or the caption table cannot be read.
+    Raises UserError where the storage or the caption table cannot be read; `pointer` is the entry's place in errors.
     """
+    with placed(pointer):
+        return _discover(dataset, alignment, cache_dir, tokenizer, backend)
+
+
+def _discover(
+    dataset: PictureDataset,
+    alignment: int,
+    cache_dir: Path,
+    tokenizer: Tokenizer | None,
+    backend: DataBackend | None,
+) -> Manifest:
     backend = backend or open_backend(dataset, cache_dir)
     scan = Scan(backend, cache_dir)
     table = read_table(dataset.parquet, backend) if dataset.parquet else None
