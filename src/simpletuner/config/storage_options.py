@@ -53,7 +53,7 @@ class StorageKeys(BaseModel):
     csv_file: Filled | None = None
     """CSV file with a header, one picture a line."""
     csv_cache_dir: str | None = None
-    """Where pictures are kept that were fetched; default `<cache_dir>/csv/<id>`."""
+    """Where fetched pictures are kept; default `cache/csv/<id>` beside the other caches."""
     csv_url_column: Filled = "url"
     """Column with the http or https URL of a picture."""
     csv_caption_column: Filled = "caption"
