@@ -24,6 +24,7 @@ from storage_worlds import CsvWorld, FileServer, HubFilesWorld, HubRowsWorld, Lo
 
 NAMES = ("b.png", "a c.jpg", "é/ü &.png", "deep/er/d.webp", "Z.png")
 CAPTIONS = {name: f"caption of {name}" for name in NAMES}
+SERVED = ("aws", "csv", "hub-files", "hub-rows")
 OWN = {"path", "caption_source", "revision"}
 """Columns of the ledger that say where a picture lies."""
 
@@ -49,7 +50,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     server.close()
 
 
-@pytest.fixture(params=["local", "aws", "csv", "hub-files", "hub-rows"])
+@pytest.fixture(params=["local", *SERVED])
 def world(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     return build(request.param, request, tmp_path, monkeypatch)
 
@@ -150,6 +151,7 @@ def test_a_second_scan_fetches_nothing_and_a_change_is_seen(world: World) -> Non
     assert set(after.values()) - set(before.values()) == {"another caption"}
 
 
+@pytest.mark.parametrize("world", SERVED, indirect=True)
 def test_what_fails_for_a_moment_is_tried_again(world: World) -> None:
     world.put(PICTURES, CAPTIONS)
     world.fail(503, 500)
