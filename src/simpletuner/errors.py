@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import IntEnum, StrEnum
 from typing import Any
@@ -79,6 +80,16 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()
+
+
+@contextmanager
+def placed(pointer: str) -> Generator[None]:
+    """Errors from within have pointers relative to `pointer`."""
+    try:
+        yield
+    except UserError as error:
+        error.pointer = pointer + error.pointer
+        raise
 
 
 def errors_of(problems: Iterable[Problem]) -> list[Problem]:

@@ -20,7 +20,7 @@ ENTRY_MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     ({"caption_dropout_probability": 1.1}, "caption_dropout_probability", "bad_value"),
     ({"dataset_type": "imag"}, "dataset_type", "bad_choice"),
     ({"conditioning_type": "controlnet"}, "conditioning_type", "option_not_supported_yet"),
-    ({"type": "aws"}, "type", "option_not_supported_yet"),
+    ({"type": "webshart"}, "type", "option_not_supported_yet"),
     ({"type": "lokal"}, "type", "bad_choice"),
     ({"id": "a/b"}, "id", "bad_value"),
     ({"id": ".."}, "id", "bad_value"),

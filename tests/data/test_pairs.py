@@ -285,7 +285,9 @@ def test_pairs_are_in_the_preflight(tmp_path: Path) -> None:
     paint(tmp_path / "in/1.png")
     paint(tmp_path / "a/1.png")
     datasets = [part.dataset.model_dump(mode="json") for part in found(tmp_path, {"a": {}})]
-    request = json.dumps({"datasets": datasets, "alignment": 8, "ignore_missing_files": False})
+    pointers = ["/datasets/0", "/datasets/1"]
+    asked = {"datasets": datasets, "pointers": pointers, "alignment": 8, "ignore_missing_files": False}
+    request = json.dumps(asked)
     ran = subprocess.run(
         [sys.executable, "-m", "simpletuner.data.preflight"], input=request, capture_output=True, text=True, check=True
     )

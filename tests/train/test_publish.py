@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 import yaml
 from hub_server import HubServer
-from s3_server import Relay, S3Server
 from safetensors import safe_open
 from tiny_world import Ran, TinyWorld
 
+from s3_server import Relay, S3Server
 from simpletuner.checkpoints import MANIFEST, hash_file, write_manifest
 from simpletuner.config.publish_target import S3Target
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.job import CommandName
+from simpletuner.retry import Retry
 from simpletuner.train.providers import open_provider
 from simpletuner.train.publish import RESULT_MANIFEST
-from simpletuner.train.retry import Retry
 from simpletuner.train.upload import Uploaded, upload
 
 TO_HUB: dict[str, Any] = {"push_to_hub": True, "hub_model_id": "me/tiny"}

@@ -24,6 +24,8 @@ from simpletuner.config.dataset_options import (
 from simpletuner.config.directories import Directories, expand_placeholders
 from simpletuner.config.json_text import duplicate_problems, read_json
 from simpletuner.config.sources import parse_boolean
+from simpletuner.config.storage_options import KEYS_OF_TYPE, SECRET_KEYS, keys_of_other_types
+from simpletuner.config.storage_rules import check_keys, default_strategy
 from simpletuner.errors import Level, Problem, UserError
 
 _BOOLEANS = frozenset(
@@ -120,6 +122,9 @@ class _EntryReader:
         if not self._check_kinds(kind, str(written.get("type", "local"))):
             return None
         model = MODELS[kind]
+        if kind != "text_embeds" and (problems := list(check_keys(written, self._pointer))):
+            self.problems += problems
+            return None
         taken = {key: value for key, value in written.items() if self._take_key(key, set(model.model_fields))}
         values = {key: value for key, value in taken.items() if value is not None and value != ""}
         if "disable" in values:
@@ -129,7 +134,8 @@ class _EntryReader:
             values = self._follow_source(values) | {"dataset_type": kind}
         self._fill(values, set(model.model_fields))
         try:
-            return model.model_validate(values).model_dump(mode="json")
+            others = keys_of_other_types(str(values.get("type", "local")))
+            return model.model_validate(values).model_dump(mode="json", exclude=others)
         except ValidationError as error:
             for detail in error.errors():
                 key = str(detail["loc"][0]) if detail["loc"] else ""
@@ -144,7 +150,8 @@ class _EntryReader:
     def _expand(self, entry: dict[str, Any]) -> dict[str, Any]:
         written: dict[str, Any] = {}
         for key, value in entry.items():
-            written[key], missing = expand_placeholders(value)
+            expanded, missing = expand_placeholders(value)
+            written[key] = value if key in SECRET_KEYS else expanded
             for name in missing:
                 hint = "Set it before the job is started."
                 self._fail("env_not_set", f"The variable {name} is not set.", hint, key)
@@ -153,9 +160,12 @@ class _EntryReader:
     def _check_kinds(self, kind: str, backend: str) -> bool:
         if kind not in MODELS:
             self._refuse(kind, KNOWN_DATASET_TYPES, "dataset_type")
-        if backend != "local":
+        if kind == "text_embeds" and backend in KEYS_OF_TYPE and backend != "local":
+            self._fail("bad_choice", "A cache of text is a folder of this machine.", 'Remove "type".', "type")
+            return False
+        if backend not in KEYS_OF_TYPE:
             self._refuse(backend, KNOWN_TYPES, "type")
-        return kind in MODELS and backend == "local"
+        return kind in MODELS and backend in KEYS_OF_TYPE
 
     def _refuse(self, value: str, known: tuple[str, ...], key: str) -> None:
         if value in known:
@@ -205,6 +215,8 @@ class _EntryReader:
             # A held-out loss is of the pictures as they are described: captions are not dropped unless asked for.
             values.setdefault("caption_dropout_probability", 0.0)
         is_conditioning = values.get("dataset_type") == "conditioning"
+        if "caption_strategy" in fields and not is_conditioning and (own := default_strategy(values.get("type", ""))):
+            values.setdefault("caption_strategy", own)
         for key in INHERITED:
             if is_conditioning and key in FOLLOWS_SOURCE:
                 continue
@@ -215,7 +227,10 @@ class _EntryReader:
             values["cache_dir_vae"] = default_latent_folder(self._options, self._family, name)
         if "cache_dir" in fields and "cache_dir" not in values:
             values["cache_dir"] = self._options.get("cache_dir_text", "cache")
-        for key in ("instance_data_dir", "cache_dir_vae", "cache_dir"):
+        if values.get("type") == "csv":
+            values.setdefault("csv_cache_dir", default_download_folder(self._options, name))
+            values["csv_file"] = str(self._directories.locate(values["csv_file"]))
+        for key in ("instance_data_dir", "cache_dir_vae", "cache_dir", "csv_cache_dir"):
             if isinstance(values.get(key), str):
                 values[key] = self._directories.absolute(values[key])
 
@@ -230,8 +245,15 @@ class _EntryReader:
 def default_latent_folder(options: Mapping[str, Any], family: str, dataset_id: str) -> str:
     if options.get("cache_dir_vae"):
         return f"{options['cache_dir_vae']}/{dataset_id}"
-    base = options.get("cache_dir") or options.get("output_dir") or "."
-    return f"{base}/cache/vae/{family}/{dataset_id}"
+    return f"{_cache_base(options)}/cache/vae/{family}/{dataset_id}"
+
+
+def default_download_folder(options: Mapping[str, Any], dataset_id: str) -> str:
+    return f"{_cache_base(options)}/cache/csv/{dataset_id}"
+
+
+def _cache_base(options: Mapping[str, Any]) -> str:
+    return options.get("cache_dir") or options.get("output_dir") or "."
 
 
 def _check_ids(entries: list[Any]) -> list[Problem]:

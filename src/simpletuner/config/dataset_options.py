@@ -16,8 +16,10 @@ from pydantic import (
     Tag,
 )
 
+from simpletuner.config.storage_options import StorageKeys
+
 ResolutionType = Literal["pixel_area", "area", "pixel"]
-CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "instance_prompt", "parquet"]
+CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "instance_prompt", "parquet", "csv", "huggingface"]
 CropStyle = Literal["random", "center", "centre", "corner"]
 CropAspect = Literal["square", "preserve", "closest", "random"]
 ConditioningType = Literal["reference_strict", "reference_loose", "mask", "segmentation"]
@@ -29,9 +31,6 @@ class _Entry(BaseModel):
     id: Annotated[str, Field(min_length=1, pattern=r"^[^/\x00.][^/\x00]*$")]
     """Name in caches, ledger and metrics; unique in the file; without `/`, and not beginning with a dot."""
 
-    type: Literal["local"] = "local"
-    """Where the files are."""
-
     disabled: bool = False
     """Leave this entry out of the run."""
 
@@ -42,7 +41,7 @@ class ParquetColumns(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     path: str
-    """The parquet or JSONL file, relative to `instance_data_dir` unless absolute."""
+    """The parquet or JSONL file, relative to the root of the pictures unless absolute."""
     filename_column: str = "filename"
     """Column with the file name of the picture."""
     caption_column: str = "caption"
@@ -57,11 +56,8 @@ class ParquetColumns(BaseModel):
     """Whether the file name column carries the extension."""
 
 
-class PictureDataset(_Entry):
-    """A folder of pictures. Keys that an entry leaves out take the value of the option of the same name."""
-
-    instance_data_dir: str
-    """Root folder, searched recursively, links followed."""
+class PictureDataset(StorageKeys, _Entry):
+    """Pictures of one place. Keys that an entry leaves out take the value of the option of the same name."""
 
     cache_dir_vae: str
     """Where latents are kept; default `<cache_dir_vae>/<id>`."""
@@ -177,6 +173,9 @@ class ConditioningDataset(PictureDataset):
 
 
 class TextEmbeds(_Entry):
+    type: Literal["local"] = "local"
+    """A cache is a folder of this machine."""
+
     dataset_type: Literal["text_embeds"] = "text_embeds"
 
     default: bool = False
@@ -266,10 +265,7 @@ LATER_KEYS = frozenset(
         "vae_cache_disable", "text_cache_disable", "scan_for_errors", "disable_validation",
         "vae_cache_clear_each_epoch",
         "conditioning", "slider_strength", "disable_after_epoch_step", "video", "audio", "image_embeds",
-        "conditioning_image_embeds", "s2v_datasets", "dataset_name", "split", "revision", "image_column",
-        "caption_column", "huggingface", "aws_bucket_name", "aws_data_prefix", "aws_endpoint_url", "aws_region_name",
-        "aws_access_key_id", "aws_secret_access_key", "csv_file", "csv_cache_dir", "csv_url_column",
-        "csv_caption_column", "maximum_caption_length",
+        "conditioning_image_embeds", "s2v_datasets", "huggingface", "maximum_caption_length",
     }
 )  # fmt: skip
 """Keys of the contract that are not built yet: `option_not_supported_yet`."""

@@ -124,7 +124,7 @@ def _check_files(
     row: Mapping[str, Any], mates: Mapping[str, Any], place: str, listed: dict[str, list[str]]
 ) -> Iterator[Problem]:
     roots = [entry["instance_data_dir"] for entry in (row, mates)]
-    if not all(Path(root).is_dir() for root in roots):
+    if not all(root is not None and Path(root).is_dir() for root in roots):
         return
     for root in roots:
         if root not in listed:

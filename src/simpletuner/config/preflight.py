@@ -14,8 +14,6 @@ def preflight_request(config: TrainConfig) -> dict[str, Any]:
     return {
         "alignment": config.data.aspect_bucket_alignment,
         "ignore_missing_files": config.data.ignore_missing_files,
-        "datasets": [
-            entry.model_dump(mode="json")
-            for entry in (*config.image_datasets, *config.eval_datasets, *config.conditioning_datasets)
-        ],
+        "datasets": [entry.model_dump(mode="json") for entry in config.picture_datasets],
+        "pointers": [config.pointer_of(entry) for entry in config.picture_datasets],
     }

@@ -10,13 +10,14 @@ from typing import Any
 
 from simpletuner.config.adapter_rules import adapter_rule, flux_rule, init_lora_rule, reference_rule
 from simpletuner.config.disk import DISK_OPTIONS, disk_rule
-from simpletuner.config.folder_look import look_into, missing_folder_hint
 from simpletuner.config.model_options import QUANTISED
 from simpletuner.config.pairing import check_pairs
 from simpletuner.config.prompt import parse_resolutions
 from simpletuner.config.publish_rules import publish_rule, tracker_rule
 from simpletuner.config.script import SCRIPTS, script_rule
 from simpletuner.config.situation import Situation, error_about, warning_about
+from simpletuner.config.storage_options import KEYS_OF_TYPE, place_of
+from simpletuner.config.storage_rules import look_at_storage
 from simpletuner.errors import Level, Problem, UserError
 from simpletuner.families.spec import Capability
 
@@ -274,34 +275,25 @@ def _datasets(at: Situation) -> Iterator[Problem]:
     ):
         yield Problem(code="nothing_to_train_on", message="No dataset of pictures to train on.", pointer="/datasets")
     level = Level.ERROR if at.for_start else Level.WARNING
-    roots: dict[str, str] = {}
+    owners: dict[str, str] = {}
     text = {entry["cache_dir"]: entry["id"] for entry in at.datasets if entry["dataset_type"] == "text_embeds"}
     for place, entry in zip(at.pointers, at.datasets, strict=True):
-        root = entry.get("instance_data_dir")
-        if root is None or entry["disabled"]:
+        if entry["dataset_type"] == "text_embeds" or entry["disabled"]:
             continue
-        pointer = f"{place}/instance_data_dir"
-        if root in roots:
-            message = f"{entry['id']!r} and {roots[root]!r} use the same folder."
-            yield Problem(code="duplicate_dataset_path", message=message, hint=root, pointer=pointer)
-        roots.setdefault(root, entry["id"])
-        for folder, owner in text.items():
-            if Path(folder).is_relative_to(root):
+        pictures = place_of(entry)
+        pointer = f"{place}/{KEYS_OF_TYPE[entry['type']][0]}"
+        if pictures in owners:
+            where = "folder" if entry["type"] == "local" else "place"
+            message = f"{entry['id']!r} and {owners[pictures]!r} use the same {where}."
+            yield Problem(code="duplicate_dataset_path", message=message, hint=pictures, pointer=pointer)
+        owners.setdefault(pictures, entry["id"])
+        for folder, owner in text.items() if entry["type"] == "local" else ():
+            if Path(folder).is_relative_to(pictures):
                 message = f"The text cache {owner!r} lies inside the picture folder of {entry['id']!r}."
                 yield Problem(
                     code="cache_inside_dataset", message=message, hint="Move the cache elsewhere.", pointer=pointer
                 )
-        if not Path(root).is_dir():
-            message = f"The folder {root} of dataset {entry['id']!r} does not exist here."
-            yield Problem(
-                code="dataset_path_missing",
-                message=message,
-                hint=missing_folder_hint(root),
-                pointer=pointer,
-                level=level,
-            )
-        else:
-            yield from look_into(entry, place)
+        yield from look_at_storage(entry, place, level)
         yield from _entry(place, entry)
 
 

@@ -8,7 +8,14 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, SerializeAsAny
 
-from simpletuner.config.dataset_options import ConditioningDataset, Dataset, EvalDataset, ImageDataset, TextEmbeds
+from simpletuner.config.dataset_options import (
+    ConditioningDataset,
+    Dataset,
+    EvalDataset,
+    ImageDataset,
+    PictureDataset,
+    TextEmbeds,
+)
 from simpletuner.config.flux_options import FluxOptions
 from simpletuner.config.model_options import AdapterOptions, ModelOptions, PrecisionOptions
 from simpletuner.config.option import OptionField, OptionGroup, fields_of
@@ -77,6 +84,15 @@ class TrainConfig(BaseModel):
         """Flat, for whoever is told of a run, such as a tracker."""
         secret = {option.name for option in option_fields().values() if option.ui.secret}
         return {name: value for name, value in self.to_flat().items() if name not in secret}
+
+    def pointer_of(self, entry: PictureDataset) -> str:
+        """JSON pointer of an entry: the file's order is kept."""
+        return f"/datasets/{[known.id for known in self.datasets].index(entry.id)}"
+
+    @property
+    def picture_datasets(self) -> list[PictureDataset]:
+        """All that are looked through before a run."""
+        return [*self.image_datasets, *self.eval_datasets, *self.conditioning_datasets]
 
     @property
     def image_datasets(self) -> list[ImageDataset]:

@@ -10,7 +10,6 @@ from simpletuner.config.dataset_options import PictureDataset
 from simpletuner.data.geometry import DropReason
 from simpletuner.data.keys import below, u
 from simpletuner.data.storage import split_extension, stem_of
-from simpletuner.data.table import CaptionTable
 from simpletuner.errors import UserError
 
 Variants = tuple[str, ...]
@@ -51,16 +50,17 @@ class Captions:
         *,
         names: Collection[str],
         read_text: Callable[[str], bytes],
-        table: CaptionTable | None = None,
+        column: Callable[[str], Variants],
     ) -> None:
-        """`names`: all files of the dataset, to look for captions in; `read_text`: a file's bytes.
+        """`names`: all files of the dataset, to look for captions in; `read_text`: a file's bytes; `column`: what the
+        table beside the pictures, or that of their storage, says of a picture.
 
         Raises UserError `instance_prompt_missing` where the prompt that the options ask for is not given.
         """
         self._dataset = dataset
         self._names = names
         self._read_text = read_text
-        self._table = table
+        self._column = column
         self._prompts = _instance_prompts(dataset)
         self._strategy = effective_strategy(dataset)
 
@@ -80,8 +80,7 @@ class Captions:
             return (stem_of(path).replace("_", " "),)
         if self._strategy == "textfile":
             return self._text(path)
-        captions = self._table.captions(path) if self._table else ()
-        return captions or CaptionDefect(DropReason.CAPTION_MISSING, f"{path} has no caption in the table")
+        return self._column(path) or CaptionDefect(DropReason.CAPTION_MISSING, f"{path} has no caption in the table")
 
     def _text(self, path: str) -> Variants | CaptionDefect:
         name = text_name(path)

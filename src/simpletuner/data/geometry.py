@@ -32,6 +32,7 @@ class DropReason(StrEnum):
     NOT_IN_SUBSET = "not_in_subset"
     TOO_MUCH_UPSCALE = "too_much_upscale"
     UNREADABLE = "unreadable"
+    DOWNLOAD_FAILED = "download_failed"
     CAPTION_MISSING = "caption_missing"
     CAPTION_UNREADABLE = "caption_unreadable"
     PAIR_MISSING = "pair_missing"
@@ -43,6 +44,7 @@ class DropReason(StrEnum):
     def is_defect(self) -> bool:
         return self.is_of_pair or self in (
             DropReason.UNREADABLE,
+            DropReason.DOWNLOAD_FAILED,
             DropReason.CAPTION_MISSING,
             DropReason.CAPTION_UNREADABLE,
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from simpletuner.config.storage_options import KEYS_OF_TYPE
 from simpletuner.data.captions import caption_source
 from simpletuner.data.geometry import DropReason, bucket_name
 from simpletuner.data.manifest import Manifest
@@ -24,6 +25,7 @@ _MENDS = {
     DropReason.NOT_IN_SUBSET: "Raise `max_num_samples`.",
     DropReason.TOO_MUCH_UPSCALE: "Raise `max_upscale_threshold`, or lower `resolution`.",
     DropReason.UNREADABLE: "Replace or remove the broken files.",
+    DropReason.DOWNLOAD_FAILED: "Correct the URLs, or remove their lines; what failed is tried again at each start.",
     DropReason.CAPTION_MISSING: "Write the captions, choose another `caption_strategy`, or set `ignore_missing_files`.",
     DropReason.CAPTION_UNREADABLE: "Save the caption files as UTF-8.",
     DropReason.PAIR_MISSING: "Add the files (same path under the root, any extension), or set `ignore_missing_files`.",
@@ -62,6 +64,8 @@ def ledger_row(manifest: Manifest, row: int) -> dict[str, Any]:
             "resized": plan.resized, "box": plan.box, "target": target, "bucket": bucket_name(target),
             "upscale": round(plan.upscale, 4), "stretch": round(plan.stretch, 4),
         }  # fmt: skip
+    if manifest.backend.revision is not None:
+        line["revision"] = manifest.backend.revision
     if row in manifest.details:
         line["detail"] = manifest.details[row]
     return line
@@ -91,6 +95,7 @@ def dataset_report(manifest: Manifest) -> dict[str, Any]:
     """Payload of the notification `dataset_report`: counts, by reason and by bucket."""
     dropped = Counter(str(reason) for reason in manifest.reasons if reason is not None)
     truncated = manifest.captions.truncated
+    revision = manifest.backend.revision
     return {
         "id": manifest.dataset.id,
         "found": len(manifest),
@@ -98,7 +103,7 @@ def dataset_report(manifest: Manifest) -> dict[str, Any]:
         "dropped": dict(sorted(dropped.items())),
         "buckets": {bucket_name(bucket): len(members) for bucket, members in manifest.buckets().items()},
         "truncated": 0 if truncated is None else _count_truncated(manifest),
-    }
+    } | ({} if revision is None else {"revision": revision})
 
 
 def _count_truncated(manifest: Manifest) -> int:
@@ -120,7 +125,7 @@ def check_defects(manifests: Sequence[Manifest], *, ignore_missing_files: bool =
     num_defects = 0
     for manifest in manifests:
         for reason, rows in _defects(manifest).items():
-            few = reason is DropReason.UNREADABLE and len(rows) * 100 <= len(manifest)
+            few = reason in (DropReason.UNREADABLE, DropReason.DOWNLOAD_FAILED) and len(rows) * 100 <= len(manifest)
             waived = ignore_missing_files and reason not in (DropReason.PAIR_AMBIGUOUS, DropReason.PAIR_ASPECT)
             if few or waived:
                 warnings.append(_warning(manifest, reason, rows))
@@ -178,11 +183,15 @@ def _stretched(manifest: Manifest) -> list[Problem]:
     ]
 
 
+def _where(manifest: Manifest) -> str:
+    return "Correct " + " or ".join(f"`{key}`" for key in KEYS_OF_TYPE[manifest.dataset.type][:2]) + "."
+
+
 def _empty(manifest: Manifest) -> UserError:
-    name, folder = manifest.dataset.id, manifest.dataset.instance_data_dir
+    name, place = manifest.dataset.id, manifest.dataset.place
     counts = Counter(reason for reason in manifest.reasons if reason is not None)
     if not counts:
-        message, hint = f"Dataset {name!r} is empty: no picture in {folder}.", "Correct `instance_data_dir`."
+        message, hint = f"Dataset {name!r} is empty: no picture in {place}.", _where(manifest)
     else:
         (reason, count), *_ = counts.most_common(1)
         rows = _defects(manifest).get(reason)

@@ -14,14 +14,16 @@ from numpy.typing import NDArray
 
 from simpletuner.config.dataset_options import ConditioningDataset, PictureDataset
 from simpletuner.config.picture_files import picture_extensions
+from simpletuner.data.backends import open_backend
 from simpletuner.data.captions import CaptionDefect, Captions, Variants, sample_name
 from simpletuner.data.geometry import Bucket, DropReason, ResizePlan, ResizeRule, Size
 from simpletuner.data.keys import word
 from simpletuner.data.media import UnreadablePicture
 from simpletuner.data.plan import Members, PlannedSet
 from simpletuner.data.scan import Scan
-from simpletuner.data.storage import DataBackend, FileStat, LocalBackend, split_extension, stem_of
+from simpletuner.data.storage import DataBackend, FileStat, split_extension, stem_of
 from simpletuner.data.table import CaptionTable, read_table
+from simpletuner.errors import placed
 
 Tokenizer = Callable[[Sequence[str]], Sequence[tuple[int, bool]]]
 """Captions → (tokens used, whether the caption was cut short) of each."""
@@ -146,21 +148,36 @@ def discover(
     cache_dir: Path,
     tokenizer: Tokenizer | None = None,
     backend: DataBackend | None = None,
+    pointer: str = "",
 ) -> Manifest:
     """Scan a dataset and plan each picture, in bytewise order of paths. Decodes nothing.
 
     `cache_dir` keeps what was learnt of the files, so that an unchanged folder is scanned without opening any.
-    Raises UserError where the folder or the caption table cannot be read.
+    Raises UserError where the storage or the caption table cannot be read; `pointer` is the entry's place in errors.
     """
-    backend = backend or LocalBackend(Path(dataset.instance_data_dir))
-    table = read_table(dataset.parquet, Path(backend.root)) if dataset.parquet else None
+    with placed(pointer):
+        return _discover(dataset, alignment, cache_dir, tokenizer, backend)
+
+
+def _discover(
+    dataset: PictureDataset,
+    alignment: int,
+    cache_dir: Path,
+    tokenizer: Tokenizer | None,
+    backend: DataBackend | None,
+) -> Manifest:
+    backend = backend or open_backend(dataset, cache_dir)
     scan = Scan(backend, cache_dir)
+    table = read_table(dataset.parquet, backend) if dataset.parquet else None
     extensions = picture_extensions()
-    files = [file for file in scan.files if split_extension(file.path)[1].lower() in extensions]
+    files = [file for file in scan.files if file.defect or split_extension(file.path)[1].lower() in extensions]
     rows = _Rows(dataset, files)
-    rows.plan(_sizes(scan, files, table if dataset.metadata_backend == "parquet" else None), alignment)
+    rows.drop_lost()
+    whole = [file for file in files if not file.defect]
+    rows.plan(_sizes(scan, whole, table if dataset.metadata_backend == "parquet" else None), alignment)
     rows.take_subset()
-    captions = Captions(dataset, names=scan.names, read_text=scan.text, table=table)
+    column = table.captions if table else backend.captions
+    captions = Captions(dataset, names=scan.names, read_text=scan.text, column=column)
     variants = rows.caption(captions)
     contents = rows.hash(scan)
     scan.remember()
@@ -198,9 +215,16 @@ class _Rows:
         self.geometry = np.zeros((len(files), 8), np.int32)
         self.scales = np.zeros((len(files), 2), np.float64)
 
+    def drop_lost(self) -> None:
+        reason = DropReason.DOWNLOAD_FAILED if self.dataset.type == "csv" else DropReason.UNREADABLE
+        for row, file in enumerate(self.files):
+            if file.defect:
+                self._drop(row, reason, f"{file.path}: {file.defect}")
+
     def plan(self, sizes: Iterable[Size | UnreadablePicture], alignment: int) -> None:
+        """`sizes` of the rows that are still kept."""
         rule = ResizeRule(self.dataset, alignment)
-        for row, size in enumerate(sizes):
+        for row, size in zip(self._kept(), sizes, strict=True):
             if isinstance(size, UnreadablePicture):
                 self._drop(row, DropReason.UNREADABLE, f"{self.files[row].path}: {size}")
                 continue

@@ -47,6 +47,17 @@ def read_size(file: IO[bytes]) -> Size:
     return (height, width) if turned else (width, height)
 
 
+def find_extension(file: IO[bytes]) -> str:
+    """That of the format, with the dot; empty where it is no picture."""
+    try:
+        with Image.open(file) as image:
+            kind = image.format or ""
+    except DAMAGED:
+        return ""
+    extensions = [extension for extension, format in Image.registered_extensions().items() if format == kind]
+    return f".{kind.lower()}" if f".{kind.lower()}" in extensions else next(iter(extensions), "")
+
+
 def decode_picture(content: bytes, plan: ResizePlan) -> Pixels:
     """The pixels of `plan.target`: upright, first frame, alpha over white, 8-bit sRGB, Lanczos.
 

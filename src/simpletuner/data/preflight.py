@@ -1,15 +1,15 @@
 """`python -m simpletuner.data.preflight`: discovery alone, for commands and servers that load no torch.
 
-Reads `{"datasets": […], "alignment": n, "ignore_missing_files": false}` from standard input; writes JSON lines: a row
-per file, then per dataset `{"summary": …}`, then `{"problem": …}` for what a run would say. Exit code 65 where a run
-would end.
+Reads `{"datasets": […], "pointers": […], "alignment": n, "ignore_missing_files": false}` from standard input; writes
+JSON lines: a row per file, then per dataset `{"summary": …}`, then `{"problem": …}` for what a run would say. The exit
+code is that of a run that would end there: 65, or 69 for a storage that cannot be had.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def main() -> ExitCode:
     request: dict[str, Any] = json.load(sys.stdin)
     entries = [_entry(row) for row in request["datasets"]]
     try:
-        manifests = discover_all(entries, request["alignment"])
+        manifests = discover_all(entries, request["alignment"], request["pointers"])
         for manifest in manifests:
             for row in range(len(manifest)):
                 _write({"dataset": manifest.dataset.id, **ledger_row(manifest, row)})
@@ -32,17 +32,22 @@ def main() -> ExitCode:
             _write({"summary": dataset_report(manifest)})
         problems = check_defects(targets_of(manifests), ignore_missing_files=request["ignore_missing_files"])
     except UserError as error:
-        found = list(error.problems) or [Problem(code=error.code, message=error.message, hint=error.hint)]
+        found = list(error.problems) or [
+            Problem(code=error.code, message=error.message, hint=error.hint, pointer=error.pointer)
+        ]
         _write_problems(found)
         return error.exit_code
     _write_problems(problems)
     return ExitCode.DONE
 
 
-def discover_all(entries: Iterable[PictureDataset], alignment: int) -> list[Manifest]:
+def discover_all(entries: Sequence[PictureDataset], alignment: int, pointers: Sequence[str]) -> list[Manifest]:
     """Paired, with the scans that a run keeps and takes up. Raises UserError (65)."""
     return pair_all(
-        [discover(entry, alignment=alignment, cache_dir=Path(entry.cache_dir_vae) / "scan") for entry in entries]
+        [
+            discover(entry, alignment=alignment, cache_dir=Path(entry.cache_dir_vae) / "scan", pointer=pointer)
+            for entry, pointer in zip(entries, pointers, strict=True)
+        ]
     )
 
 

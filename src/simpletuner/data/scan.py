@@ -1,6 +1,6 @@
 """What a dataset's files are, remembered: an unchanged file is not opened again. Torch-free.
 
-A file is unchanged if its path, size and modification time are. The memory is one file per root folder in the cache
+A file is unchanged if its path, size, modification time and version are. The memory is one file per place in the cache
 folder, replaced whole; two jobs that scan at once each write a true one.
 """
 
@@ -20,7 +20,7 @@ from simpletuner.data.media import UnreadablePicture, read_size
 from simpletuner.data.storage import DataBackend, FileStat
 from simpletuner.job import write_atomic
 
-_VERSION = "scan-1"
+_VERSION = "scan-2"
 _WORKERS = 8
 _CHUNK = 32
 T = TypeVar("T")
@@ -32,6 +32,7 @@ class _Facts:
 
     num_bytes: int
     mtime_ns: int
+    version: str
     size: Size | None = None
     content: bytes | None = None
     text: str | None = None
@@ -44,8 +45,8 @@ class Scan:
         self.files = backend.list()
         self._backend = backend
         self._stat = {file.path: file for file in self.files}
-        root = sha256(backend.root.encode(errors="surrogateescape")).hexdigest()
-        self._path = cache_dir / f"scan-{root[:16]}.jsonl"
+        place = sha256(backend.identity.encode(errors="surrogateescape")).hexdigest()
+        self._path = cache_dir / f"scan-{place[:16]}.jsonl"
         self._facts = _read_facts(self._path, self._stat)
         self._is_changed = False
 
@@ -81,13 +82,14 @@ class Scan:
         lines = [json.dumps(_VERSION)]
         for path, facts in self._facts.items():
             content = facts.content.hex() if facts.content else None
-            lines.append(json.dumps([path, facts.num_bytes, facts.mtime_ns, facts.size, content, facts.text]))
+            known = (facts.num_bytes, facts.mtime_ns, facts.version)
+            lines.append(json.dumps([path, *known, facts.size, content, facts.text]))
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self._path, ("\n".join(lines) + "\n").encode())
         self._is_changed = False
 
     def _of(self, file: FileStat) -> _Facts:
-        return self._facts.setdefault(file.path, _Facts(file.num_bytes, file.mtime_ns))
+        return self._facts.setdefault(file.path, _Facts(file.num_bytes, file.mtime_ns, file.version))
 
     def _size(self, file: FileStat) -> Size | UnreadablePicture:
         facts = self._of(file)
@@ -131,9 +133,10 @@ def _read_facts(path: Path, stat: Mapping[str, FileStat]) -> dict[str, _Facts]:
             for line in file:
                 row: list[Any] = json.loads(line)
                 known = stat.get(row[0])
-                if known and (known.num_bytes, known.mtime_ns) == (row[1], row[2]):
-                    size = (row[3][0], row[3][1]) if row[3] else None
-                    facts[row[0]] = _Facts(row[1], row[2], size, bytes.fromhex(row[4]) if row[4] else None, row[5])
+                if known and [known.num_bytes, known.mtime_ns, known.version] == row[1:4]:
+                    size = (row[4][0], row[4][1]) if row[4] else None
+                    content = bytes.fromhex(row[5]) if row[5] else None
+                    facts[row[0]] = _Facts(row[1], row[2], row[3], size, content, row[6])
     except (OSError, ValueError, IndexError, TypeError):
         return {}
     return facts

@@ -1,4 +1,4 @@
-"""Where the files of a dataset are: one protocol, and local folders."""
+"""Where the files of a dataset are: one protocol, and local folders. training.md §3.2."""
 
 from __future__ import annotations
 
@@ -8,36 +8,49 @@ from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
 from simpletuner.errors import ExitCode, UserError
-from simpletuner.job import write_atomic
 
 
 class FileStat(NamedTuple):
     path: str
     """Relative to the root of the backend, with `/`."""
     num_bytes: int
-    mtime_ns: int
+    mtime_ns: int = 0
+    """0 where the storage keeps no such time."""
+    version: str = ""
+    """Changes with the content, where the storage names contents."""
+    defect: str = ""
+    """Why the file cannot be had although it is listed; it is not opened."""
 
 
 class DataBackend(Protocol):
-    """Files under a root, named by relative path. All methods raise OSError where the storage fails."""
+    """Files to read under a root, named by relative path.
+
+    What is wrong with one file is an OSError. A storage that fails as a whole raises UserError: `storage_unavailable`
+    or `storage_denied` (69), `storage_missing` (65).
+    """
 
     @property
-    def root(self) -> str: ...
+    def identity(self) -> str:
+        """The same for the same place: what was learnt of its files is remembered under this name."""
+        ...
+
+    @property
+    def revision(self) -> str | None:
+        """The commit that the listed files are of, where the storage has commits."""
+        ...
+
     def list(self) -> list[FileStat]:
-        """All files, in bytewise order of their paths."""
+        """All files, in bytewise order of their paths. Comes first: it may find out what the other methods need."""
         ...
 
     def open(self, path: str) -> IO[bytes]:
-        """For readers that need the first bytes only."""
+        """Seekable; fetches no more than is read, where the storage can give parts."""
         ...
 
     def read(self, path: str) -> bytes: ...
-    def write(self, path: str, content: bytes) -> None:
-        """Atomic: a reader sees the old bytes or the new ones."""
+    def captions(self, path: str) -> tuple[str, ...]:
+        """Variants from a column of the storage; none where it keeps files alone."""
         ...
-
-    def stat(self, path: str) -> FileStat: ...
-    def delete(self, path: str) -> None: ...
 
 
 class LocalBackend:
@@ -47,8 +60,12 @@ class LocalBackend:
         self._root = root
 
     @property
-    def root(self) -> str:
+    def identity(self) -> str:
         return str(self._root)
+
+    @property
+    def revision(self) -> None:
+        return None
 
     def list(self) -> list[FileStat]:
         """Raises UserError `dataset_folder_missing` or `dataset_folder_unreadable` (65)."""
@@ -75,17 +92,8 @@ class LocalBackend:
     def read(self, path: str) -> bytes:
         return (self._root / path).read_bytes()
 
-    def write(self, path: str, content: bytes) -> None:
-        whole = self._root / path
-        whole.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(whole, content)
-
-    def stat(self, path: str) -> FileStat:
-        stat = (self._root / path).stat()
-        return FileStat(path, stat.st_size, stat.st_mtime_ns)
-
-    def delete(self, path: str) -> None:
-        (self._root / path).unlink()
+    def captions(self, path: str) -> tuple[str, ...]:
+        return ()
 
 
 def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[FileStat]:

@@ -159,9 +159,6 @@ class Preparation:
         library = self._encode_library() if self._ranks.is_main else []
         return Inputs(found, latents, text, embeddings, library, self._config, self._ranks)
 
-    def _pictures(self) -> list[PictureDataset]:
-        return [*self._config.image_datasets, *self._config.eval_datasets, *self._config.conditioning_datasets]
-
     def discover(self, ledgers: Path) -> dict[str, Manifest]:
         """Of the image and eval datasets, by id. Raises UserError (65) for defects, Ended when asked to end."""
         with self._ranks.main_first():
@@ -171,11 +168,12 @@ class Preparation:
         found: list[Manifest] = []
         data = self._config.data
         with self._reporter.stage("init_data_backend", "Looking through the datasets") as stage:
-            entries = self._pictures()
+            entries = self._config.picture_datasets
             for number, entry in enumerate(entries):
                 self._requests.raise_if_ended()
                 scans = Path(entry.cache_dir_vae) / "scan"
-                found.append(discover(entry, alignment=data.aspect_bucket_alignment, cache_dir=scans))
+                place = self._config.pointer_of(entry)
+                found.append(discover(entry, alignment=data.aspect_bucket_alignment, cache_dir=scans, pointer=place))
                 stage.advance(number + 1, len(entries))
             found = pair_all(found)
             for manifest in found if self._ranks.is_main else []:
@@ -228,7 +226,7 @@ class Preparation:
         encoder = _LazyPictures(self._family, fingerprint, self._device, self._memory)
         sources: dict[str, LatentSource] = {}
         with self._reporter.stage("init_vae_cache", "Caching latents") as stage:
-            stores = {entry.id: CacheStore(Path(entry.cache_dir_vae)) for entry in self._pictures()}
+            stores = {entry.id: CacheStore(Path(entry.cache_dir_vae)) for entry in self._config.picture_datasets}
             for name, manifest in manifests.items():
                 dropped: dict[int, str] = {}
                 fingerprints: list[str] = []

@@ -81,8 +81,9 @@ class Preflight:
 
 
 def _discover(config: TrainConfig, problems: list[Problem]) -> dict[str, Manifest]:
-    entries = (*config.image_datasets, *config.eval_datasets, *config.conditioning_datasets)
-    targets = targets_of(discover_all(entries, config.data.aspect_bucket_alignment))
+    entries = config.picture_datasets
+    pointers = [config.pointer_of(entry) for entry in entries]
+    targets = targets_of(discover_all(entries, config.data.aspect_bucket_alignment, pointers))
     problems += check_defects(targets, ignore_missing_files=config.data.ignore_missing_files)
     return {manifest.dataset.id: manifest for manifest in targets}
 

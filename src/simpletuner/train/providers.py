@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from simpletuner.config.publish_target import HubTarget, S3Target, Target
 from simpletuner.errors import ExitCode, UserError
-from simpletuner.train.retry import Passing, Retry
+from simpletuner.retry import Passing, Retry
 
 Files = Mapping[str, Mapping[str, Any]]
 """Name below the folder → `size` and `sha256`."""

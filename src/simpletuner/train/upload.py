@@ -16,8 +16,8 @@ from simpletuner.checkpoints import find_faults, hash_file, read_manifest
 from simpletuner.config.publish_target import frozen_targets
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.job import JobDir
+from simpletuner.retry import Retry
 from simpletuner.train.providers import Provider, open_provider
-from simpletuner.train.retry import Retry
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+DENIED = b"<Error><Code>AccessDenied</Code><Message>Access denied.</Message></Error>"
 
 
 class S3Server:
@@ -54,7 +55,7 @@ def client(url: str) -> Any:
 
 
 class Relay(ThreadingHTTPServer):
-    """Passes requests on; `before` may answer one itself, with a status."""
+    """Passes requests on; `before` may answer one itself, with a status. `sent` counts the bytes of bodies."""
 
     daemon_threads = True
 
@@ -63,6 +64,7 @@ class Relay(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.port = port
         self.before = before
+        self.sent = 0
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
@@ -75,9 +77,10 @@ class _Passing(BaseHTTPRequestHandler):
         status = self.server.before(self.command, self.path)
         if status is not None:
             self.send_response(status)
-            self.send_header("Content-Length", str(len(BUSY)))
+            content = DENIED if status == 403 else BUSY
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(BUSY)
+            self.wfile.write(content)
             return
         line = http.client.HTTPConnection("127.0.0.1", self.server.port)
         line.request(self.command, self.path, body, dict(self.headers))
@@ -88,6 +91,7 @@ class _Passing(BaseHTTPRequestHandler):
             if name.lower() not in ("connection", "transfer-encoding", "server", "date"):
                 self.send_header(name, value)
         self.end_headers()
+        self.server.sent += len(content)
         self.wfile.write(content)
 
     do_GET = do_POST = do_PUT = do_HEAD = do_any
