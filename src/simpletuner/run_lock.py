@@ -50,6 +50,10 @@ class RunLock(BaseModel):
     """Of the first steps, as `float.hex`; None where a loss was no number."""
     continued_by: list[str] = Field(default_factory=list[str])
 
+    @property
+    def latest_job_id(self) -> str:
+        return self.continued_by[-1] if self.continued_by else self.job_id
+
     def differences(self, other: RunLock, *, ignore: Mapping[str, Any]) -> list[str]:
         """A sentence for each thing that is not the same in `other`; options named in `ignore` may differ."""
         found = _changed("", self.versions, other.versions)

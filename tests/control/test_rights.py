@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from fastapi.routing import APIRoute, APIWebSocketRoute, iter_route_contexts
 from starlette.routing import Route
 
 from simpletuner.job import JobStatus
+from simpletuner.run_lock import RunLock, write_lock
 from simpletuner.server.audit_trail import Audits
 from simpletuner.server.security import SAFE_METHODS
 from simpletuner.store.job_row import Move
@@ -285,16 +288,48 @@ def test_the_job_of_another_is_not_there(world: AccountWorld) -> None:
     assert world.ask("DELETE", f"/api/jobs/{job_id}", by="lead").json()["code"] == "permission_denied"
 
 
+def ended_job(world: AccountWorld, user: str, *datasets: dict[str, str]) -> str:
+    job_id = world.insert_job(str(world.users[user].id)).job_id
+    move = Move(job_id=job_id, from_=JobStatus.QUEUED, to=JobStatus.CANCELLED, attempt=1)
+    assert world.core.store.jobs.move(move)
+    folder = world.core.placement.job_dir(job_id).root
+    folder.mkdir(parents=True)
+    (folder / "datasets.json").write_text(json.dumps(datasets))
+    return job_id
+
+
+def write_lock_of(output: Path, job_id: str) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    write_lock(
+        output,
+        RunLock(
+            job_id=job_id, workspace="", config={}, provenance={}, datasets=[], data={}, versions={}, seed=0, device=""
+        ),
+    )
+
+
 def test_an_output_folder_that_others_use_is_kept(world: AccountWorld) -> None:
     """Two jobs of two users wrote into one folder."""
-    jobs = world.core.store.jobs
-    theirs, own = world.insert_job(str(world.users["admin"].id)), world.insert_job(str(world.users["researcher"].id))
-    for job in (theirs, own):
-        assert jobs.move(Move(job_id=job.job_id, from_=JobStatus.QUEUED, to=JobStatus.CANCELLED, attempt=1))
+    _, own = ended_job(world, "admin"), ended_job(world, "researcher")
     output = world.workspace / "output" / "demo"
-    output.mkdir(parents=True)
-    url = f"/api/jobs/{own.job_id}?purge_output=true"
+    write_lock_of(output, own)
+    url = f"/api/jobs/{own}?purge_output=true"
     assert "job.delete.all" in world.ask("DELETE", url, by="researcher").json()["detail"]
-    assert output.is_dir() and jobs.get(own.job_id) is not None
+    assert output.is_dir() and world.core.store.jobs.get(own) is not None
     assert world.ask("DELETE", url, by="admin").status_code == 200
     assert not output.exists()
+
+
+def test_an_output_folder_that_holds_more_than_the_run_is_kept(world: AccountWorld) -> None:
+    """Nobody loses pictures because a job named their folder as its output."""
+    output = world.workspace / "output" / "demo"
+    pictures = output / "pictures"
+    pictures.mkdir(parents=True)
+    own = ended_job(world, "admin", {"id": "p", "instance_data_dir": str(pictures)})
+    stranger = ended_job(world, "admin")
+    write_lock_of(output, own)
+    for job_id, reason in ((own, "pictures of a dataset"), (stranger, "not made by this job")):
+        answer = world.ask("DELETE", f"/api/jobs/{job_id}?purge_output=true", by="admin").json()
+        assert answer["code"] == "path_outside_root" and reason in answer["detail"]
+    assert pictures.is_dir()
+    assert world.ask("DELETE", f"/api/jobs/{own}", by="admin").status_code == 200 and pictures.is_dir()

@@ -53,8 +53,7 @@ def _own_file(job: JobRow) -> Path | None:
         lock = read_lock(folder / LOCK)
     except UserError:
         return None
-    is_latest = [lock.job_id, *lock.continued_by][-1] == job.job_id
-    return folder / METRICS if is_latest and (folder / METRICS).exists() else None
+    return folder / METRICS if lock.latest_job_id == job.job_id and (folder / METRICS).exists() else None
 
 
 def _file_rows(file: Path, since_step: int, max_points: int) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
@@ -20,15 +19,15 @@ from simpletuner.server.config_view import JobConfig, show_config
 from simpletuner.server.control import ControlAnswer, RequestAnswer
 from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.errors import error_responses
-from simpletuner.server.identity import Identity
 from simpletuner.server.job_view import JobView, show_jobs
 from simpletuner.server.metric_series import JobMetrics, read_metrics
+from simpletuner.server.purge import find_purgeable
 from simpletuner.server.rate_limit import END
-from simpletuner.server.rights import denied, limited, needs
+from simpletuner.server.rights import limited, needs
 from simpletuner.server.routes.events import EventPage, read_page
 from simpletuner.server.sight import DELETE, find_job, owner_filter
 from simpletuner.store.event_filter import EventFilter
-from simpletuner.store.job_row import JobQuery, JobRow
+from simpletuner.store.job_row import JobQuery
 
 router = APIRouter(tags=["jobs", "training"])
 
@@ -251,11 +250,11 @@ def checkpoint_job(core: CoreDep, identity: IdentityDep, job_id: str) -> Request
     responses=error_responses("path_outside_root", "unknown_job", "job_not_terminal"),
 )
 def delete_job(core: CoreDep, identity: IdentityDep, job_id: str, purge_output: bool = False) -> Success:
-    """Row, folder and log go; its events stay readable. `purge_output` also removes its output folder."""
+    """Row, folder and log go; its events stay readable. `purge_output` also removes the output folder of its run."""
     job = find_job(core, identity, job_id, DELETE)
     if not job.status.is_terminal:
         raise UserError("job_not_terminal", f"Job {job_id} is {job.status}.", hint="Cancel it first.")
-    output = _purgeable_output(core, identity, job) if purge_output else None
+    output = find_purgeable(core, identity, job) if purge_output else None
     # The row first: a folder without one is removed at the next start, should we die in between.
     if core.store.jobs.delete(job_id):
         core.store.events.forget_position(job_id)
@@ -263,18 +262,3 @@ def delete_job(core: CoreDep, identity: IdentityDep, job_id: str, purge_output: 
         if output is not None:
             shutil.rmtree(output, ignore_errors=True)
     return Success()
-
-
-def _purgeable_output(core: Core, identity: Identity, job: JobRow) -> Path:
-    output, workspace = Path(job.output_dir).resolve(), core.settings.workspace.resolve()
-    kept = {workspace, core.settings.config_dir, core.settings.state_dir, core.settings.datasets_dir}
-    if workspace not in output.parents or any(output == place or output in place.parents for place in kept):
-        raise UserError("path_outside_root", f"{output} is not an output folder inside {workspace}; it is kept.")
-    others = [
-        Path(other.output_dir).resolve()
-        for other in core.store.jobs.with_status(JobStatus)
-        if not identity.may_to(DELETE, other.user_id)
-    ]
-    if any(output == place or output in place.parents or place in output.parents for place in others):
-        raise denied(f"{DELETE}.all")
-    return output
