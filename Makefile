@@ -9,12 +9,14 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python -m scripts.demo
 
-# Lint, the slow tests and the others side by side: two halves of about the same length for two cores.
+# Side by side: lint, the slow tests, those of the control world and the others. Each waits a good deal for processes and
+# timers, so that three of them keep two cores busy.
 test: $(READY)
 	@$(MAKE) --no-print-directory lint & lint=$$!; \
 	$(BIN)/python -m pytest -m slow -p no:cacheprovider & slow=$$!; \
-	$(BIN)/python -m pytest -m "not slow"; fast=$$?; \
-	wait $$lint && wait $$slow && exit $$fast
+	$(BIN)/python -m pytest -m "not slow" -p no:cacheprovider tests/control & control=$$!; \
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/control; rest=$$?; \
+	wait $$lint && wait $$slow && wait $$control && exit $$rest
 
 check: lint
 	$(BIN)/python -m pytest -m "not slow"

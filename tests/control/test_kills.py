@@ -25,7 +25,9 @@ from simpletuner.jobs.runner import launcher
 from simpletuner.jobs.scratch import Scratch
 
 SEED = 20
-VICTIMS = ["server"] * 25 + ["trainer", "runner", "all"] + ["rank"] * 2
+SERVER_KILLS = int(os.environ.get("SERVER_KILLS", "10"))
+"""`SERVER_KILLS=25` makes it the thirty kills of a thorough run, half a minute more."""
+VICTIMS = ["server"] * SERVER_KILLS + ["trainer", "runner", "all"] + ["rank"] * 2
 TWO_RANKS = OPTIONS | {"num_processes": 2, "train_batch_size": 1}
 
 
@@ -112,11 +114,11 @@ def start_apart(server: ServerProcess, job_id: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.slow
-def test_thirty_kills_change_nothing(real: ServerProcess) -> None:
-    """In a row, at seeded random moments, of runs with two ranks: 25 of the server, 2 of one rank, 1 of the trainer and
+def test_kills_change_nothing(real: ServerProcess) -> None:
+    """In a row, at seeded random moments, of runs with two ranks: most of the server, 2 of one rank, 1 of the trainer and
     all its processes, 1 of the runner, whose trainer dies with it, 1 of everything at once. Each waits up to 0.3 s;
     three in four of those that end a trainer, and both of a rank, wait until it trains. The killed job is started again
-    with `latest`; a run that is finished is followed by another one. Measured on two cores: 112 s.
+    with `latest`; a run that is finished is followed by another one.
     """
     killer = Killer(real, SEED)
     killer.go_on()
@@ -126,7 +128,7 @@ def test_thirty_kills_change_nothing(real: ServerProcess) -> None:
     for victim in victims:
         killer.kill(victim)
     killer.finish()
-    assert killer.hits.total() == 30
+    assert killer.hits.total() == len(VICTIMS)
     assert straight.wait(timeout=60) == 0, (real.workspace / "straight.log").read_text()
     for number in range(1, killer.folder + 1):
         compared = compare_runs(real.workspace / "straight", real.workspace / f"killed{number}")

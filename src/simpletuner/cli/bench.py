@@ -13,13 +13,13 @@ BENCH = "simpletuner.bench"
 
 
 def bench(
-    name: Literal["overhead", "loader", "cache"] | None = None,
+    name: Literal["overhead", "loader", "cache", "server"] | None = None,
     *,
     steps: int = 200,
     pictures: int = 64,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Measure the trainer against a bare loop, the loader, and the cache; on the CPU, one thread, with the nano model.
+    """Measure trainer, loader, cache and server against bare references; on the CPU, with the nano model.
 
     Parameters
     ----------
