@@ -44,11 +44,14 @@ class Accounts:
         self._users = store.users
         self._credentials = store.credentials
         self._passwords = Passwords()
+        self._is_set_up = False
         self._clock = clock
         self._backoff = backoff or LoginBackoff()
 
     def has_admin(self) -> bool:
-        return self._users.has_admin()
+        """Asked at every request; the first admin is made once and for all."""
+        self._is_set_up = self._is_set_up or self._users.has_admin()
+        return self._is_set_up
 
     def prepare_setup(self) -> str | None:
         """At a start: a new setup token, or None where there is an admin."""

@@ -35,7 +35,7 @@ class Audits:
     def __init__(self, action: str) -> None:
         self.action = action
 
-    def __call__(self, connection: HTTPConnection) -> None:
+    async def __call__(self, connection: HTTPConnection) -> None:
         connection.scope["state"][STATE] = AuditNote(self.action)
 
 
@@ -44,7 +44,7 @@ def audits(action: str) -> Any:
     return Depends(Audits(action))
 
 
-def _note(connection: HTTPConnection) -> AuditNote:
+async def _note(connection: HTTPConnection) -> AuditNote:
     return connection.scope["state"][STATE]
 
 

@@ -131,15 +131,15 @@ class Core:
         self.store.close()
 
 
-def _core(connection: HTTPConnection) -> Core:
+async def _core(connection: HTTPConnection) -> Core:
     return connection.app.state.core
 
 
-def _identity(connection: HTTPConnection) -> Identity:
+async def _identity(connection: HTTPConnection) -> Identity:
     return connection.state.identity
 
 
-def _maybe_identity(connection: HTTPConnection) -> Identity | None:
+async def _maybe_identity(connection: HTTPConnection) -> Identity | None:
     return connection.state.identity
 
 

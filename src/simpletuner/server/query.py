@@ -15,10 +15,10 @@ from simpletuner.server.errors import did_you_mean
 CACHE_BUSTER = "_"
 
 
-def refuse_unknown_query(connection: HTTPConnection) -> None:
+async def refuse_unknown_query(connection: HTTPConnection) -> None:
     """A dependency of every route."""
     route = cast(object, connection.scope.get("route"))
-    if not isinstance(route, APIRoute | APIWebSocketRoute):
+    if not connection.query_params or not isinstance(route, APIRoute | APIWebSocketRoute):
         return
     known = {
         field.validation_alias or field.alias
