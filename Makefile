@@ -15,8 +15,8 @@ test: $(READY)
 	@$(MAKE) --no-print-directory lint & lint=$$!; \
 	$(BIN)/python -m pytest -m slow -p no:cacheprovider & slow=$$!; \
 	$(BIN)/python -m pytest -m "not slow" -p no:cacheprovider tests/control & control=$$!; \
-	$(BIN)/python -m pytest -m "not slow" --ignore tests/control; rest=$$?; \
-	wait $$lint && wait $$slow && wait $$control && exit $$rest
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/control; failed=$$?; \
+	for part in $$lint $$slow $$control; do wait $$part || failed=1; done; exit $$failed
 
 check: lint
 	$(BIN)/python -m pytest -m "not slow"

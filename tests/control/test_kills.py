@@ -115,8 +115,8 @@ def start_apart(server: ServerProcess, job_id: str) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 def test_kills_change_nothing(real: ServerProcess) -> None:
-    """In a row, at seeded random moments, of runs with two ranks: most of the server, 2 of one rank, 1 of the trainer and
-    all its processes, 1 of the runner, whose trainer dies with it, 1 of everything at once. Each waits up to 0.3 s;
+    """In a row, at seeded random moments, of runs with two ranks: most of the server, 2 of one rank, 1 of the trainer
+    and all its processes, 1 of the runner, whose trainer dies with it, 1 of everything at once. Each waits up to 0.3 s;
     three in four of those that end a trainer, and both of a rank, wait until it trains. The killed job is started again
     with `latest`; a run that is finished is followed by another one.
     """
