@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check lint serve goldens docs bench clean
+.PHONY: demo test test-long check lint serve goldens docs bench clean
 
 demo: $(READY)
 	$(BIN)/python -m scripts.demo
@@ -13,13 +13,18 @@ demo: $(READY)
 # timers, so that three of them keep two cores busy.
 test: $(READY)
 	@$(MAKE) --no-print-directory lint & lint=$$!; \
-	$(BIN)/python -m pytest -m slow -p no:cacheprovider & slow=$$!; \
-	$(BIN)/python -m pytest -m "not slow" -p no:cacheprovider tests/control & control=$$!; \
-	$(BIN)/python -m pytest -m "not slow" --ignore tests/control; failed=$$?; \
+	$(BIN)/python -m pytest -m "slow and not long" -p no:cacheprovider & slow=$$!; \
+	$(BIN)/python -m pytest -m "not slow and not long" -p no:cacheprovider tests/control & control=$$!; \
+	$(BIN)/python -m pytest -m "not slow and not long" --ignore tests/control; failed=$$?; \
 	for part in $$lint $$slow $$control; do wait $$part || failed=1; done; exit $$failed
 
+# What `make test` leaves out for time, and the kills of a thorough run.
+test-long: $(READY)
+	$(BIN)/python -m pytest -m long
+	SERVER_KILLS=25 $(BIN)/python -m pytest tests/control/test_kills.py
+
 check: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not long"
 
 lint: $(READY)
 	$(BIN)/ruff check src tests scripts

@@ -51,6 +51,7 @@ def test_the_bound_lies_below_the_median() -> None:
     assert 1.0 <= lower_bound(ratios) <= 1.02
 
 
+@pytest.mark.long
 def test_the_command_prints_json() -> None:
     words = ["-m", "simpletuner.cli.main", "bench", "loader", "--steps", "2", "--pictures", "8", "--json"]
     ran = subprocess.run([sys.executable, *words], check=False, capture_output=True, text=True, env=os.environ)

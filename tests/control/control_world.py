@@ -34,7 +34,7 @@ SOURCE = Path(simpletuner.__file__).parents[1]
 FAKE_TRAINER = Path(__file__).with_name("fake_trainer.py")
 
 
-def until(ask: Callable[[], T], *, within_s: float = 10.0, every_s: float = 0.01) -> T:
+def until(ask: Callable[[], T], *, within_s: float = 30.0, every_s: float = 0.01) -> T:
     """What `ask` gives once it is true; for real processes only."""
     deadline = time.monotonic() + within_s
     while not (answer := ask()):
@@ -79,7 +79,7 @@ class World:
     def folder(self, job_id: str) -> JobDir:
         return self.placement.job_dir(job_id)
 
-    def tick_until(self, job_id: str, *statuses: JobStatus, within_s: float = 10.0) -> JobRow:
+    def tick_until(self, job_id: str, *statuses: JobStatus, within_s: float = 30.0) -> JobRow:
         def ask() -> JobRow | None:
             self.seen += self.supervisor.tick()
             job = self.job(job_id)
@@ -191,7 +191,7 @@ class ServerProcess:
         assert answer.status_code == 202, answer.text
         return answer.json()
 
-    def wait_status(self, job_id: str, *statuses: str, within_s: float = 10.0, every_s: float = 0.01) -> dict[str, Any]:
+    def wait_status(self, job_id: str, *statuses: str, within_s: float = 30.0, every_s: float = 0.01) -> dict[str, Any]:
         def ask() -> dict[str, Any] | None:
             job = self.get(f"/api/jobs/{job_id}")["job"]
             return job if job["status"] in statuses else None

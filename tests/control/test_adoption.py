@@ -34,7 +34,7 @@ def test_a_killed_server_is_followed_without_gap(server: ServerProcess) -> None:
 
 
 def test_what_ended_meanwhile_is_found_ended(server: ServerProcess) -> None:
-    job_id = server.start_job(max_train_steps=30)["job_id"]
+    job_id = server.start_job(max_train_steps=300)["job_id"]
     server.wait_status(job_id, "running")
     server.kill()
     until(lambda: not server.folder(job_id).is_locked())

@@ -25,7 +25,7 @@ from simpletuner.jobs.runner import launcher
 from simpletuner.jobs.scratch import Scratch
 
 SEED = 20
-SERVER_KILLS = int(os.environ.get("SERVER_KILLS", "10"))
+SERVER_KILLS = int(os.environ.get("SERVER_KILLS", "5"))
 """`SERVER_KILLS=25` makes it the thirty kills of a thorough run, half a minute more."""
 VICTIMS = ["server"] * SERVER_KILLS + ["trainer", "runner", "all"] + ["rank"] * 2
 TWO_RANKS = OPTIONS | {"num_processes": 2, "train_batch_size": 1}

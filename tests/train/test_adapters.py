@@ -131,7 +131,7 @@ def test_without_a_configuration_rank_alpha_and_dropout_decide(world: TinyWorld)
     assert {value.shape[0] for key, value in tensors.items() if key.endswith("lora_down.weight")} == {8}
 
 
-@pytest.mark.parametrize("precision", ["no_change", "int8-quanto"])
+@pytest.mark.parametrize("precision", [pytest.param("no_change", marks=pytest.mark.long), "int8-quanto"])
 def test_going_on_is_never_having_stopped(world: TinyWorld, precision: str) -> None:
     """The exactness law over a frozen base, dropout drawn from the generators that are restored."""
     options = LYCORIS | {

@@ -239,7 +239,7 @@ def base_image(tmp_path_factory: pytest.TempPathFactory) -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    "kind", ["standard", pytest.param("full", marks=pytest.mark.slow), pytest.param("lycoris", marks=pytest.mark.slow)]
+    "kind", ["standard", pytest.param("full", marks=pytest.mark.long), pytest.param("lycoris", marks=pytest.mark.long)]
 )
 def test_a_run_that_is_validated_on_another_device(
     shared: TinyWorld, tmp_path: Path, base_image: Image.Image, kind: str

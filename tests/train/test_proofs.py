@@ -55,7 +55,7 @@ def changed_lock(ran: Ran, place: Path, **changes: Any) -> str:
 # --- verify-resume
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_is_shown_to_go_on_exactly(environment: TinyWorld, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["verify-resume", "tiny", "--steps", "4", "--kills", "2", "--seed", "3", "--json"]
     assert main(words) == 0
@@ -157,6 +157,7 @@ def test_what_is_no_lock(tmp_path: Path, content: str | None) -> None:
     assert caught.value.code == ("run_lock_missing" if content is None else "run_lock_unreadable")
 
 
+@pytest.mark.long
 def test_a_replay_finds_the_same_losses(environment: TinyWorld, capsys: pytest.CaptureFixture[str]) -> None:
     """By job id, of the foreground too; the schedule is that of the whole run."""
     assert main(["train", "--env", "tiny", "lr_scheduler=cosine", "max_train_steps=8", "validation_disable=true"]) == 0
