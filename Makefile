@@ -21,7 +21,7 @@ test: $(READY)
 # What `make test` leaves out for time, and the kills of a thorough run.
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long
-	SERVER_KILLS=25 $(BIN)/python -m pytest tests/control/test_kills.py
+	SERVER_KILLS=26 $(BIN)/python -m pytest tests/control/test_kills.py
 
 check: lint
 	$(BIN)/python -m pytest -m "not slow and not long"
@@ -44,9 +44,11 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/simpletuner bench
 
+# Without --no-compile pip compiles every module of every library, one by one: as long as all the rest. Python compiles
+# those that are used, at their first import.
 $(READY): requirements.lock pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $(READY)
 

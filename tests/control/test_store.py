@@ -15,7 +15,7 @@ from sqlalchemy import text
 
 from simpletuner.events import Event, EventType, Journal, LogData
 from simpletuner.job import TRANSITIONS, JobStatus
-from simpletuner.store.database import Database
+from simpletuner.store.database import Database, newest_revision
 from simpletuner.store.event_filter import EventFilter
 from simpletuner.store.job_row import JobQuery, Move, NewJob
 from simpletuner.store.schema import events_metadata, state_metadata
@@ -42,6 +42,8 @@ def test_migrations_build_what_the_tables_say(tmp_path: Path, branch: str) -> No
     metadata = state_metadata if branch == "state" else events_metadata
     with database.read() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        stored = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+        assert stored == newest_revision(branch)
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 1
     database.close()

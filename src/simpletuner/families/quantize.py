@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from accelerate import init_empty_weights
 from diffusers.utils.constants import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -41,6 +40,8 @@ def quantised_names(model: nn.Module, precision: str, exclude: Sequence[str]) ->
 
 def build_empty(model_class: type[Any], folder: Path) -> nn.Module:
     """The model that `folder/config.json` describes: parameters on the meta device, computed buffers real."""
+    from accelerate import init_empty_weights  # an eighth of a second, and few runs need it
+
     with init_empty_weights(include_buffers=False):
         return model_class.from_config(model_class.load_config(folder))
 

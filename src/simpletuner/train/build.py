@@ -59,7 +59,7 @@ from simpletuner.train.requests import RequestReader
 from simpletuner.train.sentinel import Sentinel, Used
 from simpletuner.train.state import TrainState, seed_generators
 from simpletuner.train.tracker import Trackers
-from simpletuner.train.trained import AdapterWeights, FullWeights, Trained, load_adapter_file, prepare_denoiser
+from simpletuner.train.trained import FullWeights, Trained, prepare_denoiser
 from simpletuner.train.update import Update
 from simpletuner.train.validation import Validation
 
@@ -227,6 +227,8 @@ class _Builder:
         adapter = prepare_denoiser(denoiser, config, self._family.spec)
         if adapter is None:
             return FullWeights(self._family, denoiser, self._probe)
+        from simpletuner.train.trained_adapter import AdapterWeights, load_adapter_file
+
         if config.adapter.init_lora:
             load_adapter_file(adapter, config.adapter.init_lora)
         trained = AdapterWeights(denoiser, adapter, self._family.spec.name)
