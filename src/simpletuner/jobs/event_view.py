@@ -14,6 +14,8 @@ Images = Literal["inline", "url"]
 
 INLINE_BYTES = 16 * 2**20
 MEDIA = ("images", "videos", "audios")
+_MEDIUM = '"artifact_id"'
+"""In the body of each event that has media."""
 
 
 class EventView:
@@ -30,21 +32,24 @@ class EventView:
         return body
 
     def show_text(self, event: StoredEvent) -> str:
+        """The same as JSON; as it is stored where there are no media, which is nearly always."""
+        if _MEDIUM not in event.body:
+            return event.as_text()
         return json.dumps(self.show(event), ensure_ascii=False, separators=(",", ":"))
 
-    def show_page(self, events: Iterable[StoredEvent]) -> tuple[list[dict[str, Any]], int | None]:
-        """The events that fit into one answer, and the index of the first that did not."""
-        shown: list[dict[str, Any]] = []
+    def show_page(self, events: Iterable[StoredEvent]) -> tuple[list[str], int | None]:
+        """JSON of the events that fit into one answer, and the index of the first that did not."""
+        shown: list[str] = []
         room = INLINE_BYTES
         for event in events:
             room -= self._inline_bytes(event)
             if room < 0 and shown:
                 return shown, event.index
-            shown.append(self.show(event))
+            shown.append(self.show_text(event))
         return shown, None
 
     def _inline_bytes(self, event: StoredEvent) -> int:
-        if not self._inline or '"artifact_id"' not in event.body:
+        if not self._inline or _MEDIUM not in event.body:
             return 0
         files = (self._file(event, medium) for _, medium in media_of(event.as_dict()))
         # Base64 makes four characters of three bytes.

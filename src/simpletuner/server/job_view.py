@@ -100,15 +100,15 @@ def show_jobs(core: Core, rows: Sequence[JobRow]) -> list[JobView]:
 def show_progress(core: Core, rows: Sequence[JobRow]) -> dict[str, ProgressView]:
     """From each job's newest `training.progress`; the epochs stand in its newest `training.status` too."""
     ids = [row.job_id for row in rows]
-    progress = core.store.events.latest(ids, EventType.TRAINING_PROGRESS)
-    status = core.store.events.latest(ids, EventType.TRAINING_STATUS)
-    return {
-        job_id: _progress(
-            event.as_dict().get("progress") or {},
-            status[job_id].as_dict().get("data") or {} if job_id in status else {},
-        )
-        for job_id, event in progress.items()
-    }
+    newest = core.store.events.latest(ids, EventType.TRAINING_PROGRESS, EventType.TRAINING_STATUS)
+    shown: dict[str, ProgressView] = {}
+    for job_id in ids:
+        if (progress := newest.get((job_id, EventType.TRAINING_PROGRESS))) is None:
+            continue
+        status = newest.get((job_id, EventType.TRAINING_STATUS))
+        data = {} if status is None else status.as_dict().get("data")
+        shown[job_id] = _progress(progress.as_dict().get("progress") or {}, data or {})
+    return shown
 
 
 def _progress(progress: dict[str, Any], status: dict[str, Any]) -> ProgressView:

@@ -20,3 +20,7 @@ class StoredEvent:
     def as_dict(self) -> dict[str, Any]:
         """The event as api.md §3 shows it; media are still references."""
         return {"index": self.index, "schema": 1, "id": self.id, **json.loads(self.body)}
+
+    def as_text(self) -> str:
+        """The same as JSON, without reading the body: its own keys never include these, and there is always a type."""
+        return f'{{"index":{self.index},"schema":1,"id":{json.dumps(self.id)},{self.body[1:]}'

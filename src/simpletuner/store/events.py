@@ -129,16 +129,16 @@ class EventStore:
         with self._database.read() as connection:
             return connection.scalar(select(func.max(events.c.index))) or 0
 
-    def latest(self, job_ids: Sequence[str], type_: EventType) -> dict[str, StoredEvent]:
-        """The newest event of `type_` of each job that has one."""
+    def latest(self, job_ids: Sequence[str], *types: EventType) -> dict[tuple[str, str], StoredEvent]:
+        """Job and type → the newest such event, where there is one."""
         newest = (
             select(func.max(events.c.index))
-            .where(events.c.job_id.in_(job_ids), events.c.type == type_)
-            .group_by(events.c.job_id)
+            .where(events.c.job_id.in_(job_ids), events.c.type.in_(types))
+            .group_by(events.c.job_id, events.c.type)
         )
         with self._database.read() as connection:
             rows = connection.execute(select(events).where(events.c.index.in_(newest))).all()
-        return {cast(str, row.job_id): _stored(row) for row in rows}
+        return {(cast(str, row.job_id), row.type): _stored(row) for row in rows}
 
     def of_type(self, job_id: str, type_: EventType) -> list[StoredEvent]:
         with self._database.read() as connection:

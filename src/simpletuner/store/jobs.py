@@ -103,8 +103,14 @@ class JobStore:
 
     def latest_active(self) -> list[JobRow]:
         """Active jobs, the latest started first."""
-        active = self.with_status(ACTIVE)
-        return sorted(active, key=lambda job: (job.started_at or "", job.position), reverse=True)
+        return sorted(self.with_status(ACTIVE), key=_started, reverse=True)
+
+    def queued_and_active(self) -> tuple[list[JobRow], list[JobRow]]:
+        """Queued jobs in order of creation, and `latest_active`, of one moment."""
+        jobs_now = self.with_status([JobStatus.QUEUED, *ACTIVE])
+        queued = [job for job in jobs_now if job.status is JobStatus.QUEUED]
+        active = [job for job in jobs_now if job.status is not JobStatus.QUEUED]
+        return queued, sorted(active, key=_started, reverse=True)
 
     def latest_ended(self, *, user_id: str | None = None) -> JobRow | None:
         """Of one user, or of all."""
@@ -198,6 +204,10 @@ def _status_event(move: Move) -> Event:
         message=move.reason or move.to.capitalize(),
         data=data,
     )
+
+
+def _started(job: JobRow) -> tuple[str, int]:
+    return job.started_at or "", job.position
 
 
 def _filtered(statement: Select[Any], query: JobQuery) -> Select[Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, WebSocket
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 
 from simpletuner.errors import UserError
@@ -56,8 +57,8 @@ def job_filter(core: Core, identity: Identity, job_id: str | None, types: list[s
 
 async def read_page(
     core: Core, wanted: EventFilter, *, since_index: int, limit: int, wait_s: float, images: Images
-) -> EventPage:
-    """Waits up to `wait_s` for the first match."""
+) -> Response:
+    """An `EventPage`, its events as they are stored. Waits up to `wait_s` for the first match."""
     deadline = time.monotonic() + wait_s
     with core.feed.subscribe(wanted) as subscription:
         page = await asyncio.to_thread(core.store.events.page, since_index, wanted, limit=limit)
@@ -67,20 +68,21 @@ async def read_page(
             page = await asyncio.to_thread(core.store.events.page, since_index, wanted, limit=limit)
     view = EventView(core.settings.jobs_root, images)
     shown, cut_at = await asyncio.to_thread(view.show_page, page.events)
-    return EventPage(
-        events=shown,
-        job_id=wanted.job_id,
-        next_index=page.next_index if cut_at is None else cut_at,
-        has_more=page.has_more or cut_at is not None,
-        oldest_index=page.oldest_index,
-        truncated=max(since_index, 1) < page.oldest_index,
-    )
+    rest = {
+        "job_id": wanted.job_id,
+        "next_index": page.next_index if cut_at is None else cut_at,
+        "has_more": page.has_more or cut_at is not None,
+        "oldest_index": page.oldest_index,
+        "truncated": max(since_index, 1) < page.oldest_index,
+    }
+    return Response(f'{{"events":[{",".join(shown)}],{json.dumps(rest)[1:]}', media_type="application/json")
 
 
 @router.get(
     "/training/events",
     operation_id="list_events",
     dependencies=[needs("job.view.*")],
+    response_model=EventPage,
     responses=error_responses("unknown_job"),
 )
 async def list_events(
@@ -92,7 +94,7 @@ async def list_events(
     limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
     wait: Annotated[float, Query(ge=0, le=60, description="Seconds to wait for the first match.")] = 0,
     images: Images = "inline",
-) -> EventPage:
+) -> Response:
     """Events after a place, once."""
     wanted = await asyncio.to_thread(job_filter, core, identity, job_id, types)
     return await read_page(core, wanted, since_index=since_index, limit=limit, wait_s=wait, images=images)

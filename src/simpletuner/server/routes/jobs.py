@@ -101,7 +101,13 @@ def get_job_config(core: CoreDep, identity: IdentityDep, job_id: str) -> JobConf
     return show_config(core, find_job(core, identity, job_id))
 
 
-@router.get("/{job_id}/events", operation_id="list_job_events", dependencies=[needs("job.view.*")], responses=UNKNOWN)
+@router.get(
+    "/{job_id}/events",
+    operation_id="list_job_events",
+    dependencies=[needs("job.view.*")],
+    response_model=EventPage,
+    responses=UNKNOWN,
+)
 async def list_job_events(
     core: CoreDep,
     identity: IdentityDep,
@@ -111,7 +117,7 @@ async def list_job_events(
     limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
     wait: Annotated[float, Query(ge=0, le=60)] = 0,
     images: Images = "inline",
-) -> EventPage:
+) -> Response:
     wanted = EventFilter.parse(job_id=find_job(core, identity, job_id).job_id, types=types or ())
     return await read_page(core, wanted, since_index=since_index, limit=limit, wait_s=wait, images=images)
 

@@ -150,10 +150,10 @@ def run_checkpoint(core: CoreDep, identity: IdentityDep, note: AuditDep, job_id:
 )
 def training_status(core: CoreDep, identity: IdentityDep, job_id: JobQuery = None) -> TrainingStatus:
     """Of the latest started active job, or of `job_id`. A pure read."""
-    active = seen(identity, core.store.jobs.latest_active())
+    waiting, running = core.store.jobs.queued_and_active()
+    active = seen(identity, running)
     last = latest_ended(core, identity)
     job = find_job(core, identity, job_id) if job_id else (active[0] if active else None)
-    queued = core.store.jobs.with_status([JobStatus.QUEUED])
     return TrainingStatus(
         status="idle" if job is None else job.status,
         job_id=None if job is None else job.job_id,
@@ -163,7 +163,7 @@ def training_status(core: CoreDep, identity: IdentityDep, job_id: JobQuery = Non
         startup_progress={} if job is None else core.stages.of_job(job.job_id),
         jobs=[_line(row) for row in active],
         last_job=None if last is None else _line(last),
-        queue=QueueDepth(depth=len(queued), running=len(active)),
+        queue=QueueDepth(depth=len(waiting), running=len(active)),
     )
 
 
