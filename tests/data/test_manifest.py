@@ -85,7 +85,7 @@ def test_unchanged_files_are_not_opened_again(tmp_path: Path, monkeypatch: pytes
     assert sorted(opened) == ["1.txt", "3.png", "3.png"]
     assert texts(changed)["1.png"] == ["another caption"]
     assert changed.content(3) != first.content(3)
-    (next((tmp_path / "vae").glob("scan-*.jsonl"))).write_text('"scan-2"\n["torn')
+    (next((tmp_path / "vae").glob("scan-*.json"))).write_text('["scan-3", ["torn')
     assert manifest_of(root, caption_strategy="textfile").paths == first.paths
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
 from math import ceil, isqrt, sqrt
+from typing import NamedTuple
 
 from simpletuner.config.dataset_options import PictureDataset
 from simpletuner.data.keys import digest, u
@@ -74,6 +75,14 @@ class ResizePlan:
         return f"lanczos {self.resized[0]}x{self.resized[1]} box {','.join(map(str, self.box))}"
 
 
+class _Cut(NamedTuple):
+    """A resize plan but for the place of its box."""
+
+    resized: Size
+    target: Size
+    upscale: float
+
+
 def bucket_name(bucket: Bucket) -> str:
     """`1.54 (1280x832)`, with `+ 1024x1024` for a loose reference: how a bucket is shown."""
     width, height, *others = bucket
@@ -99,6 +108,7 @@ class ResizeRule:
         self._alignment = alignment
         self._is_square = dataset.crop and dataset.crop_aspect == "square"
         self._targets: dict[float, Size] = {}
+        self._cuts: dict[Size, _Cut | DropReason] = {}
         # In the unit that `_measure` counts in; whole pixels, because measures are.
         least = self._limit(dataset.minimum_image_size) or Fraction(0)
         self._least, self._least_edge = ceil(least), isqrt(int(least))
@@ -117,16 +127,30 @@ class ResizeRule:
             return DropReason.ASPECT_OUT_OF_RANGE
         if not dataset.crop:
             return self._plan_whole(source)
+        cut = self._cut(source, aspect, stem, cycle)
+        if isinstance(cut, DropReason):
+            return cut
+        left, top = self._corner(cut.resized, cut.target, stem, cycle)
+        box = (left, top, left + cut.target[0], top + cut.target[1])
+        return ResizePlan(source, cut.resized, box, cut.target, cut.upscale)
+
+    def _cut(self, source: Size, aspect: float, stem: str, cycle: int) -> _Cut | DropReason:
+        """Remembered by size where the name does not choose: pictures are many, their sizes are few."""
+        if self._dataset.crop_aspect == "random":
+            return self._plan_cut(source, aspect, stem, cycle)
+        if source not in self._cuts:
+            self._cuts[source] = self._plan_cut(source, aspect, stem, cycle)
+        return self._cuts[source]
+
+    def _plan_cut(self, source: Size, aspect: float, stem: str, cycle: int) -> _Cut | DropReason:
         choices = [(choice, self._target(choice)) for choice in self._crop_aspects(aspect)]
         allowed = [(choice, target) for choice, target in choices if not self._is_barred(source, target)]
         if not allowed:
             return DropReason.TOO_MUCH_UPSCALE
         _, target = allowed[self._choose([choice for choice, _ in allowed], aspect, stem, cycle)]
         scale = self._scale_squared(source, target)
-        resized = (max(target[0], _scaled(width, scale)), max(target[1], _scaled(height, scale)))
-        left, top = self._corner(resized, target, stem, cycle)
-        box = (left, top, left + target[0], top + target[1])
-        return ResizePlan(source, resized, box, target, upscale=sqrt(scale[0] / scale[1]))
+        resized = (max(target[0], _scaled(source[0], scale)), max(target[1], _scaled(source[1], scale)))
+        return _Cut(resized, target, sqrt(scale[0] / scale[1]))
 
     def _plan_whole(self, source: Size) -> ResizePlan | DropReason:
         target = self._target(source[0] / source[1])

@@ -224,6 +224,9 @@ class _Rows:
     def plan(self, sizes: Iterable[Size | UnreadablePicture], alignment: int) -> None:
         """`sizes` of the rows that are still kept."""
         rule = ResizeRule(self.dataset, alignment)
+        planned: list[int] = []
+        geometry: list[tuple[int, ...]] = []
+        scales: list[tuple[float, float]] = []
         for row, size in zip(self._kept(), sizes, strict=True):
             if isinstance(size, UnreadablePicture):
                 self._drop(row, DropReason.UNREADABLE, f"{self.files[row].path}: {size}")
@@ -233,8 +236,12 @@ class _Rows:
                 self.geometry[row, :2] = size
                 self.reasons[row] = plan
                 continue
-            self.geometry[row] = (*size, *plan.resized, *plan.box[:2], *plan.target)
-            self.scales[row] = (plan.upscale, plan.stretch)
+            planned.append(row)
+            geometry.append((*size, *plan.resized, *plan.box[:2], *plan.target))
+            scales.append((plan.upscale, plan.stretch))
+        if planned:
+            # At once: row by row took longer than all of the planning.
+            self.geometry[planned], self.scales[planned] = geometry, scales
 
     def take_subset(self) -> None:
         """Keep the first n by hash of those that are usable: the same n, wherever the folder lies."""
@@ -258,10 +265,12 @@ class _Rows:
     def hash(self, scan: Scan) -> NDArray[np.uint8]:
         contents = np.zeros((len(self.files), 32), np.uint8)
         kept = self._kept()
-        for row, content in zip(kept, scan.contents([self.files[row] for row in kept]), strict=True):
-            if isinstance(content, bytes):
-                contents[row] = np.frombuffer(content, np.uint8)
-            else:
+        found = scan.contents([self.files[row] for row in kept])
+        whole = [row for row, content in zip(kept, found, strict=True) if isinstance(content, bytes)]
+        joined = b"".join(content for content in found if isinstance(content, bytes))
+        contents[whole] = np.frombuffer(joined, np.uint8).reshape(-1, 32)
+        for row, content in zip(kept, found, strict=True):
+            if not isinstance(content, bytes):
                 self._drop(row, DropReason.UNREADABLE, f"{self.files[row].path}: {content}")
         return contents
 
