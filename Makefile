@@ -9,14 +9,18 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python -m scripts.demo
 
-# Side by side: lint, the slow tests, those of the control world and the others. Each waits a good deal for processes and
-# timers, so that three of them keep two cores busy.
+SHORT := -m pytest -m "not slow and not long" -p no:cacheprovider
+SLOW := -m pytest -m "slow and not long" -p no:cacheprovider
+
+# Side by side: lint, the tutorials, the other slow tests, those of the control world and the rest. Each waits a good deal
+# for processes and timers, so that together they keep two cores busy.
 test: $(READY)
 	@$(MAKE) --no-print-directory lint & lint=$$!; \
-	$(BIN)/python -m pytest -m "slow and not long" -p no:cacheprovider & slow=$$!; \
-	$(BIN)/python -m pytest -m "not slow and not long" -p no:cacheprovider tests/control & control=$$!; \
-	$(BIN)/python -m pytest -m "not slow and not long" --ignore tests/control; failed=$$?; \
-	for part in $$lint $$slow $$control; do wait $$part || failed=1; done; exit $$failed
+	$(BIN)/python $(SLOW) tests/tutorial & tutorials=$$!; \
+	$(BIN)/python $(SLOW) --ignore tests/tutorial & slow=$$!; \
+	$(BIN)/python $(SHORT) tests/control & control=$$!; \
+	$(BIN)/python $(SHORT) --ignore tests/control; failed=$$?; \
+	for part in $$lint $$tutorials $$slow $$control; do wait $$part || failed=1; done; exit $$failed
 
 # What `make test` leaves out for time, and the kills of a thorough run.
 test-long: $(READY)
@@ -24,7 +28,7 @@ test-long: $(READY)
 	SERVER_KILLS=26 $(BIN)/python -m pytest tests/control/test_kills.py
 
 check: lint
-	$(BIN)/python -m pytest -m "not slow and not long"
+	$(BIN)/python $(SHORT)
 
 lint: $(READY)
 	$(BIN)/ruff check src tests scripts

@@ -76,9 +76,8 @@ def run_blocks(blocks: Sequence[Block], workspace: Path, within_s: float, **vari
         except subprocess.TimeoutExpired:
             bash.kill()
     printed, told = (path.read_text(errors="replace") for path in (out, err))
-    answers = [_answer(*part) for part in zip(blocks, _parts(printed), _parts(told), strict=False)]
-    assert bash.wait() == 0 and len(answers) == len(blocks), f"{printed[-2000:]}\n{told[-2000:]}"
-    return answers
+    assert bash.wait() == 0, f"Ended by {bash.returncode}, at last with {printed[-2000:]}\n{told[-2000:]}"
+    return [_answer(*part) for part in zip(blocks, _parts(printed), _parts(told), strict=True)]
 
 
 def _marked(number: int, block: Block) -> str:
@@ -94,7 +93,7 @@ def _parts(text: str) -> list[str]:
 def _answer(block: Block, printed: str, told: str) -> Answer:
     output, _, status = printed.rpartition(f"{_MARK}=")
     requests = tuple(_request(line) for line in re.findall(rf"^{_MARK}:(.*)$", told, re.MULTILINE))
-    return Answer(block, output, int(status or 1), requests)
+    return Answer(block, output, int(status), requests)
 
 
 def _request(line: str) -> Request:

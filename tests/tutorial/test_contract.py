@@ -15,7 +15,7 @@ from tiny_world import build_model
 
 from simpletuner.families.registry import load_spec
 
-WITHIN_S = 200
+WITHIN_S = 540
 HERE = Path(__file__).parent
 
 SAYS = {
