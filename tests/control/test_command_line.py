@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import pytest
@@ -407,3 +408,26 @@ def test_bash_completes(root: Terminal, tmp_path: Path) -> None:
     )
     answers = ["configs", "list grant withdraw", "keep stop cancel", "--env", "learning_rate=", ""]
     assert (ran.stdout.splitlines(), ran.stderr) == (answers, "")
+
+
+@pytest.mark.skipif(which("fish") is None, reason="no fish here")
+def test_fish_completes(root: Terminal, tmp_path: Path) -> None:
+    assert root.run("completion", "fish") == 0
+    (tmp_path / "simpletuner.fish").write_text(root.out)
+    ask = f'source {tmp_path}/simpletuner.fish; complete -C "simpletuner shutdown --jobs "'
+    told = subprocess.run(["fish", "--no-config", "-c", ask], capture_output=True, text=True, check=True).stdout
+    assert [line.partition("\t")[0] for line in told.splitlines()] == ["cancel", "keep", "stop"]
+
+
+@pytest.mark.skipif(which("zsh") is None, reason="no zsh here")
+def test_zsh_completes_where_it_is_sourced_and_where_it_is_loaded(root: Terminal, tmp_path: Path) -> None:
+    """A file of $fpath is the body of a function of its name: it has to call what it defines."""
+    assert root.run("completion", "zsh") == 0
+    (tmp_path / "_simpletuner").write_text(root.out)
+    sourced = f"autoload -Uz compinit; compinit -u -D; source {tmp_path}/_simpletuner; print $_comps[simpletuner]"
+    loaded = (
+        f"fpath=({tmp_path} $fpath); autoload -Uz _simpletuner; _arguments() {{ print asked; return 1 }}; _simpletuner"
+    )
+    for ask, answer in ((sourced, "_cyclopts_simpletuner\n"), (loaded, "asked\n")):
+        told = subprocess.run(["zsh", "-f", "-c", ask], capture_output=True, text=True, check=False)
+        assert (told.stdout, told.stderr) == (answer, "")

@@ -22,6 +22,16 @@ _simpletuner_words() {
 complete -F _simpletuner_words simpletuner
 """
 
+_ZSH_END = """
+# Under whatever name it lies in $fpath, and where it is sourced.
+if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
+  _cyclopts_simpletuner "$@"
+else
+  compdef _cyclopts_simpletuner simpletuner
+fi
+"""
+_ENDS = {"bash": _BASH_END, "zsh": _ZSH_END, "fish": ""}
+
 
 def completion(shell: Literal["bash", "zsh", "fish"], /) -> int:
     """Print a script that completes commands, options, names of environments and `key=` words. It is to be sourced.
@@ -37,6 +47,5 @@ def completion(shell: Literal["bash", "zsh", "fish"], /) -> int:
     shell
         Whose script.
     """
-    script = build_app().generate_completion(shell=shell)
-    print(script + _BASH_END if shell == "bash" else script)
+    print(build_app().generate_completion(shell=shell) + _ENDS[shell])
     return 0

@@ -11,12 +11,13 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from simpletuner.cli.local_config import print_warnings, read_local_config
+from simpletuner.cli.words import LocalName
 from simpletuner.config.preflight import PREFLIGHT, preflight_request
 from simpletuner.errors import ExitCode
 
 
 def ledger(
-    env: str, *words: Annotated[str, Parameter(show=False)], json: Annotated[bool, Parameter(negative="")] = False
+    env: LocalName, *words: Annotated[str, Parameter(show=False)], json: Annotated[bool, Parameter(negative="")] = False
 ) -> int:
     """Scan an environment's datasets: what is kept, what is dropped and why.
 

@@ -8,13 +8,14 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from simpletuner.cli.words import complete_environments
 from simpletuner.server.run import run_server
 from simpletuner.server.settings import ServerSettings
 
 
 def server(
     *,
-    env: str | None = None,
+    env: Annotated[str | None, Parameter(completer=complete_environments)] = None,
     host: str | None = None,
     port: int | None = None,
     workspace: str | None = None,

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import Any
 
 from simpletuner.cli.configs import problem_line
 from simpletuner.cli.flags import NO_FLAGS, ServerFlags, Switch
 from simpletuner.cli.local_config import read_local_config
 from simpletuner.cli.refusal import Refusal
-from simpletuner.cli.words import OptionWord, complete_environments, form
+from simpletuner.cli.words import LocalName, OptionWord, form
 from simpletuner.errors import ExitCode, errors_of, warnings_of
 from simpletuner.server.config_view import mask, secret_names
 from simpletuner.server.deep import PLANS, DeepFindings, DeepValidation, budget_bytes
-
-LocalName = Annotated[str, Parameter(completer=complete_environments)]
 
 
 def validate(

@@ -12,6 +12,7 @@ from cyclopts import Parameter
 
 from simpletuner.cli.local_config import print_warnings, read_local_config
 from simpletuner.cli.scratch_folder import scratch_folder
+from simpletuner.cli.words import LocalName
 from simpletuner.config.resolve import freeze
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.jobs.equality import Compared, compare_runs
@@ -33,7 +34,7 @@ class Verdict:
 
 
 def verify_resume(
-    env: str,
+    env: LocalName,
     *words: Annotated[str, Parameter(show=False)],
     steps: int = 6,
     kills: int = 1,

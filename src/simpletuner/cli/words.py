@@ -53,6 +53,7 @@ def _environments_of_server() -> list[str]:
 
 
 OptionWord = Annotated[str, Parameter(allow_leading_hyphen=True, completer=complete_options)]
+LocalName = Annotated[str, Parameter(completer=complete_environments)]
 StoredName = Annotated[str, Parameter(completer=complete_stored)]
 
 
