@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import sys
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 M_MMAP_THRESHOLD = -3
@@ -32,3 +34,18 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     except (OSError, TypeError, AttributeError):  # not glibc
         return
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this program has held.
+
+    Linux's `ru_maxrss` is not that: a program inherits the peak of the one that started it.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        status = ""
+    peaks = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    if peaks:
+        return int(peaks[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from simpletuner.events import Event, EventType, Journal, LogData
 from simpletuner.job import TRANSITIONS, JobStatus
 from simpletuner.store.database import Database, newest_revision
 from simpletuner.store.event_filter import EventFilter
+from simpletuner.store.events import EventStore
 from simpletuner.store.job_row import JobQuery, Move, NewJob
 from simpletuner.store.schema import events_metadata, state_metadata
 from simpletuner.store.store import Store
@@ -174,6 +176,28 @@ def test_pages_chain_without_loss_across_filters(store: Store, tmp_path: Path) -
     assert store.events.page(100, wanted, limit=1).next_index == 100
     assert all(wanted.accepts(job_id="b", type_=kind) for kind in ("training.progress", "nothing"))
     assert not wanted.accepts(job_id="a", type_="training.progress")
+
+
+@pytest.mark.parametrize("wanted", [EventFilter(), EventFilter(job_id="a")], ids=["every job", "one job"])
+def test_a_page_never_reads_the_whole_log(store: Store, tmp_path: Path, wanted: EventFilter) -> None:
+    """SQLite walks the table to answer a least and a greatest number that are asked for at once."""
+    journal = Journal(tmp_path / "a", job_id="a")
+    journal.append(log_event(1))
+    store.events.tail("a", tmp_path / "a")
+    database = Database(f"sqlite:///{tmp_path / 'events.db'}")
+    asked: list[tuple[str, Any]] = []
+
+    @event.listens_for(database.engine, "before_cursor_execute")
+    def _(_connection: object, _cursor: object, statement: str, parameters: Any, *_rest: object) -> None:
+        asked.append((statement, parameters))
+
+    assert EventStore(database).page(1, wanted, limit=10).events
+    plans: list[str] = []
+    with database.read() as connection:
+        for statement, parameters in [one for one in asked if one[0].startswith("SELECT")]:
+            plans += [row.detail for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)]
+    database.close()
+    assert len(plans) == 3 and all(plan.startswith("SEARCH") for plan in plans), plans
 
 
 def test_jobs_are_found_by_what_they_are(store: Store) -> None:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-NAMES = ("overhead", "loader", "cache", "server")
+NAMES = ("overhead", "loader", "cache", "server", "scale", "memory", "checkpoint")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(words: Sequence[str] | None = None) -> int:
     import torch
     import transformers
 
-    from simpletuner.bench import cache, loader, overhead, server
+    from simpletuner.bench import cache, checkpoint, loader, memory, overhead, scale, server
     from simpletuner.bench.figure import Measured, as_markdown, circumstances
     from simpletuner.bench.scene import Scene
 
@@ -40,6 +40,9 @@ def main(words: Sequence[str] | None = None) -> int:
         "loader": lambda scene: loader.measure(scene, asked.steps),
         "cache": cache.measure,
         "server": server.measure,
+        "scale": scale.measure,
+        "memory": memory.measure,
+        "checkpoint": checkpoint.measure,
     }
     measured: list[Measured] = []
     for name in [asked.name] if asked.name else NAMES:

@@ -49,6 +49,10 @@ def lower_bound(ratios: Sequence[float]) -> float:
     return medians[int(0.05 * _RESAMPLES)]
 
 
+def quantile(values: Sequence[float], part: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(part * len(values)))]
+
+
 def circumstances() -> dict[str, str]:
     """Without which a figure says nothing: device, torch, commit."""
     return {

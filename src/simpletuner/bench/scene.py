@@ -66,19 +66,26 @@ class Scene:
     def config(self, **options: Any) -> TrainConfig:
         return self._resolve(options).require()
 
-    @contextmanager
-    def run(self, precision: Precision) -> Generator[Built]:
-        """Ready for its first step; the second run over the same scene finds its caches full."""
-        config, provenance, datasets = freeze(self._resolve({"base_model_default_dtype": precision}))
+    def job(self, name: str, **options: Any) -> JobDir:
+        """Frozen, ready to be run."""
+        config, provenance, datasets = freeze(self._resolve(options))
         spec = JobSpec(
-            job_id=f"bench-{precision}",
+            job_id=f"bench-{name}",
             workspace=str(self.root),
             config_dir=str(self.root),
-            output_dir=str(self.root / f"output-{precision}"),
+            output_dir=str(self.root / f"output-{name}"),
         )
-        job = JobDir.create(
+        return JobDir.create(
             self.root / "jobs" / spec.job_id, spec, config=config, provenance=provenance, datasets=datasets
         )
+
+    @contextmanager
+    def run(self, precision: Precision, name: str = "", **options: Any) -> Generator[Built]:
+        """Ready for its first step; the second run over the same scene finds its caches full.
+
+        `name` is the run's, unlike any other's of the scene; by default that of its precision.
+        """
+        job = self.job(name or precision, **{"base_model_default_dtype": precision} | options)
         journal = job.open_journal()
         try:
             built = build_run(job, Reporter(journal, job.artifacts), RequestReader(job))

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 import httpx2
 
-from simpletuner.bench.figure import Figure, Measured
+from simpletuner.bench.figure import Figure, Measured, quantile
 from simpletuner.bench.processes import Served, serve, serve_bare
 from simpletuner.bench.scene import OPTIONS, Scene
 
@@ -159,16 +159,16 @@ def _start_figures(ours: list[_Start], bare: list[_Start]) -> list[Figure]:
 
 def _load_figures(ours: list[float], bare: list[float]) -> list[Figure]:
     named = ((path.partition("?")[0], ours[place :: len(_PATHS)]) for place, path in enumerate(_PATHS))
-    bare_ms = 1e3 * _quantile(bare, 0.99)
+    bare_ms = 1e3 * quantile(bare, 0.99)
     return [
         Figure(
             name=f"{path}, p99 at {REQUESTS_PER_S} requests/s while a run trains",
-            value=1e3 * _quantile(latencies, 0.99),
+            value=1e3 * quantile(latencies, 0.99),
             unit="ms",
             least=1e3 * min(latencies),
             most=1e3 * max(latencies),
             note=f"p50 {1e3 * statistics.median(latencies):.1f} ms; "
-            f"p99 {1e3 * _quantile(latencies, 0.99) / bare_ms:.1f} × bare FastAPI without a run ({bare_ms:.1f} ms)",
+            f"p99 {1e3 * quantile(latencies, 0.99) / bare_ms:.1f} × bare FastAPI without a run ({bare_ms:.1f} ms)",
         )
         for path, latencies in named
     ]
@@ -194,10 +194,6 @@ def _follow_figures(found: list[_Follower], count: int) -> list[Figure]:
             unit="ms",
             limit=f"≤ {1e3 * MOST_DELIVERY_S:g} ms",
             is_met=median <= MOST_DELIVERY_S,
-            note=f"p99 {1e3 * _quantile(delays, 0.99):.0f} ms" if delays else "no event came",
+            note=f"p99 {1e3 * quantile(delays, 0.99):.0f} ms" if delays else "no event came",
         ),
     ]
-
-
-def _quantile(values: Sequence[float], part: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(part * len(values)))]

@@ -13,13 +13,13 @@ BENCH = "simpletuner.bench"
 
 
 def bench(
-    name: Literal["overhead", "loader", "cache", "server"] | None = None,
+    name: Literal["overhead", "loader", "cache", "server", "scale", "memory", "checkpoint"] | None = None,
     *,
     steps: int = 200,
     pictures: int = 64,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Measure trainer, loader, cache and server against bare references; on the CPU, with the nano model.
+    """Measure trainer, loader, cache, server, large datasets, memory and checkpoints; on the CPU, with the nano model.
 
     Parameters
     ----------

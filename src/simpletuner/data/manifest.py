@@ -1,6 +1,6 @@
 """All files found of one dataset and what becomes of each, as columns. training.md §3. Torch-free.
 
-A row is a picture found; its number is the *sample* number of the epoch plan. One million rows take about 0.4 GB.
+A row is a picture found; its number is the *sample* number of the epoch plan. One million rows take about 0.2 GB.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from simpletuner.data.plan import Members, PlannedSet
 from simpletuner.data.scan import Scan
 from simpletuner.data.storage import DataBackend, FileStat, split_extension, stem_of
 from simpletuner.data.table import CaptionTable, read_table
+from simpletuner.data.text_column import TextColumn
 from simpletuner.errors import placed
 
 Tokenizer = Callable[[Sequence[str]], Sequence[tuple[int, bool]]]
@@ -33,7 +34,7 @@ Tokenizer = Callable[[Sequence[str]], Sequence[tuple[int, bool]]]
 class CaptionColumn:
     """Variants of every row; each distinct effective caption is held once."""
 
-    texts: list[str]
+    texts: TextColumn
     """Distinct effective captions."""
     starts: NDArray[np.int64]
     """Row n owns `ids[starts[n]:starts[n + 1]]`; length rows + 1."""
@@ -52,7 +53,7 @@ class CaptionColumn:
 class Manifest:
     dataset: PictureDataset
     backend: DataBackend
-    paths: list[str]
+    paths: TextColumn
     num_bytes: NDArray[np.int64]
     reasons: list[DropReason | None]
     """None = kept."""
@@ -184,7 +185,7 @@ def _discover(
     return Manifest(
         dataset,
         backend,
-        [file.path for file in files],
+        TextColumn(file.path for file in files),
         np.asarray([file.num_bytes for file in files], np.int64),
         rows.reasons,
         rows.details,
@@ -287,9 +288,9 @@ def _caption_column(variants: Sequence[Variants], tokenizer: Tokenizer | None) -
     ids = np.asarray([places.setdefault(text, len(places)) for texts in variants for text in texts], np.int32)
     starts = np.zeros(len(variants) + 1, np.int64)
     np.cumsum([len(texts) for texts in variants], out=starts[1:])
-    texts = list(places)
+    texts = TextColumn(places)
     if tokenizer is None or not texts:
         return CaptionColumn(texts, starts, ids)
-    counts = tokenizer(texts)
+    counts = tokenizer(list(places))
     tokens = np.asarray([count for count, _ in counts], np.int32)
     return CaptionColumn(texts, starts, ids, tokens, np.asarray([is_cut for _, is_cut in counts], np.bool_))

@@ -16,6 +16,7 @@ from simpletuner.config.dataset_options import TargetDataset
 from simpletuner.config.pairing import Pairing, pair_files
 from simpletuner.data.geometry import DropReason, ResizePlan, Size
 from simpletuner.data.manifest import CaptionColumn, Manifest
+from simpletuner.data.text_column import TextColumn
 
 _Defects = dict[int, tuple[DropReason, str]]
 
@@ -90,8 +91,8 @@ def _align(target: Manifest, source: Manifest) -> tuple[Manifest, _Defects]:
         geometry[row] = (*plan.source, *plan.resized, *plan.box[:2], *plan.target)
         scales[row] = (plan.upscale, plan.stretch)
         contents[row], num_bytes[row], reasons[row] = source.contents[mate], source.num_bytes[mate], None
-    captions = CaptionColumn([], np.zeros(len(target) + 1, np.int64), np.zeros(0, np.int32))
-    columns = (paths, num_bytes, reasons, {}, geometry, scales, contents, captions)
+    captions = CaptionColumn(TextColumn(), np.zeros(len(target) + 1, np.int64), np.zeros(0, np.int32))
+    columns = (TextColumn(paths), num_bytes, reasons, {}, geometry, scales, contents, captions)
     return Manifest(source.dataset, source.backend, *columns), defects
 
 

@@ -112,14 +112,15 @@ class EventStore:
     def page(self, since_index: int, wanted: EventFilter, *, limit: int) -> Page:
         """Events from `since_index` on, inclusive."""
         with self._database.read() as connection:
-            bounds = connection.execute(select(func.min(events.c.index), func.max(events.c.index))).one()
+            # Each by itself: asked for both at once, SQLite reads the whole table.
+            oldest = connection.scalar(select(func.min(events.c.index))) or 1
+            newest = connection.scalar(select(func.max(events.c.index))) or 0
             rows = connection.execute(
                 select(events)
                 .where(events.c.index >= since_index, wanted.clause())
                 .order_by(events.c.index)
                 .limit(limit + 1)
             ).all()
-        oldest, newest = bounds[0] or 1, bounds[1] or 0
         found = [_stored(row) for row in rows[:limit]]
         has_more = len(rows) > limit
         next_index = found[-1].index + 1 if has_more else max(since_index, newest + 1)

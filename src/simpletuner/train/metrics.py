@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from simpletuner.events import Event, EventType, Progress
 from simpletuner.job import write_atomic
+from simpletuner.process import peak_resident_bytes
 from simpletuner.train.sentinel import Judged, Used
 
 _RING = 64
@@ -152,4 +152,4 @@ def peak_memory_bytes() -> int:
     """Peak of the device where there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()
