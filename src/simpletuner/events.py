@@ -182,6 +182,8 @@ class SummaryData(_Part):
     seconds: float
     memory_peak_bytes: int
     memory_predicted_bytes: int | None = None
+    memory_choice: dict[str, Any] = Field(default_factory=dict)
+    """Options that `memory_budget` chose."""
     files: list[str] = Field(default_factory=list)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.config.adapter_rules import adapter_rule, flux_rule, init_lora_rule, reference_rule
+from simpletuner.config.budget import BUDGET_OPTIONS, budget_rule
 from simpletuner.config.disk import DISK_OPTIONS, disk_rule
 from simpletuner.config.model_options import QUANTISED
 from simpletuner.config.pairing import check_pairs
@@ -360,6 +361,7 @@ _RULES: tuple[tuple[Callable[[Situation], Iterator[Problem]], tuple[str, ...]], 
     (_timesteps, ("timestep_bias_strategy", "timestep_bias_begin", "timestep_bias_end", "refiner_training",
                   "refiner_training_strength", "refiner_training_invert_schedule")),
     (_validation_sizes, ("validation_resolution",)),
+    (budget_rule, BUDGET_OPTIONS),
     (disk_rule, DISK_OPTIONS),
     (script_rule, ("validation_method", *SCRIPTS)),
     (_warmup, ("max_train_steps", "lr_warmup_steps")),

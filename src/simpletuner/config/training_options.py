@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from simpletuner.config.budget import as_text
 from simpletuner.config.dataset_options import CaptionStrategy, ResolutionType
 from simpletuner.config.option import OptionGroup, Ui
 
@@ -30,6 +31,10 @@ class RunOptions(OptionGroup):
 
     num_processes: Annotated[PositiveInt, Ui(tab="hardware", order=30)] = 1
     """Training processes, one per device."""
+
+    memory_budget: Annotated[Annotated[str, BeforeValidator(as_text)] | None, Ui(tab="hardware", order=29)] = None
+    """`auto` (what is free at the start) or GB of 10⁹ bytes: the start chooses recomputation, encoding batches, a split
+    of the batch with the same steps and, for adapters, an 8-bit base, as far as the run needs them to stay inside."""
 
     accelerate_config: Annotated[str | None, Ui(tab="hardware", order=31, later=True, path=True)] = None
     """Accelerate configuration file; only process, machine and rendezvous values are read."""

@@ -132,6 +132,11 @@ class Manifest:
         """The same with rows dropped that turned out to be broken, each with what is wrong."""
         return self.drop({row: (DropReason.UNREADABLE, detail) for row, detail in unreadable.items()})
 
+    def with_entries(self, entries: Mapping[str, PictureDataset]) -> Manifest:
+        """The same under other entries, by id, its mates too: such as differ in how they are encoded only."""
+        mates = tuple(mate.with_entries(entries) for mate in self.mates)
+        return replace(self, dataset=entries[self.dataset.id], mates=mates)
+
     def drop(self, defects: Mapping[int, tuple[DropReason, str]]) -> Manifest:
         """The same with more rows dropped."""
         if not defects:

@@ -24,6 +24,7 @@ from simpletuner.families.base import Family, build_family
 from simpletuner.families.registry import load_spec
 from simpletuner.families.weights import autocast_dtype, check_base
 from simpletuner.job import JobDir
+from simpletuner.train.budget import CHOICE, BudgetPlanner
 from simpletuner.train.buffer import build_buffers
 from simpletuner.train.checkpoint import (
     CheckpointSaver,
@@ -52,7 +53,6 @@ from simpletuner.train.preview import build_previews
 from simpletuner.train.publish import Publisher
 from simpletuner.train.ranks import ALONE, Ranks
 from simpletuner.train.references import Reference
-from simpletuner.train.rehearsal import plan_memory
 from simpletuner.train.replica import Replica
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import RequestReader
@@ -108,17 +108,26 @@ def _prepare(job: JobDir, reporter: Reporter, requests: RequestReader, ranks: Ra
     assert config.run.seed is not None
     seed_generators(config.run.seed)
     make_output_dir(Path(spec.output_dir))
-    family = build_family(config, family_spec)
+    point = ranks.share(_find_point(job, config, reporter) if ranks.is_main else None)
     texts: list[str] = []
     if ranks.is_main:
         texts = [prompt.text for prompt in plan_prompts(config.validation)]
         texts.append(config.validation.validation_negative_prompt)
+    family = build_family(config, family_spec)
     preparation = Preparation(config, family, reporter, requests, device, ranks)
     manifests = preparation.discover(job.artifacts)
-    memory = plan_memory(config, family_spec, manifests, device)
+    config, manifests, memory = BudgetPlanner(config, family_spec, manifests, device, ranks, reporter).plan(point)
+    family = build_family(config, family_spec)
+    preparation = Preparation(config, family, reporter, requests, device, ranks)
     reporter.predicted_bytes = memory.predicted_bytes()
     inputs = preparation.encode(manifests, texts, memory)
-    return _Builder(config, family, inputs, job, reporter, requests, device, memory, ranks)
+    return _Builder(config, family, inputs, job, reporter, requests, device, memory, ranks, point)
+
+
+def _find_point(job: JobDir, config: TrainConfig, reporter: Reporter) -> ResumePoint | None:
+    spec = job.read_spec()
+    own_job = spec.job_id if spec.continues else None
+    return find_resume_point(config.checkpoint.resume_from_checkpoint, Path(spec.output_dir), reporter, own_job=own_job)
 
 
 class _Builder:
@@ -135,7 +144,9 @@ class _Builder:
         device: torch.device,
         memory: MemoryPlan,
         ranks: Ranks,
+        point: ResumePoint | None,
     ) -> None:
+        self._point = point
         self._config = config
         self._ranks = ranks
         self._spec = job.read_spec()
@@ -155,7 +166,7 @@ class _Builder:
     def build(self) -> Built:
         started_at = time.monotonic()
         config, reporter, ranks = self._config, self._reporter, self._ranks
-        point = ranks.share(self._find_point())
+        point = ranks.share(self._checked_point())
         remove_temporary(self._output_dir)
         denoiser = self._load()
         with reporter.stage("init_prepare_models", "Preparing the model"):
@@ -201,19 +212,15 @@ class _Builder:
         follower = Follower(state, Due.from_config(self._config, self._total), self._ranks)
         return self._replica(denoiser, trained, update, state, follower, follower), follower
 
-    def _find_point(self) -> ResumePoint | None:
-        point = find_resume_point(
-            self._config.checkpoint.resume_from_checkpoint,
-            self._output_dir,
-            self._reporter,
-            own_job=self._spec.job_id if self._spec.continues else None,
-        )
+    def _checked_point(self) -> ResumePoint | None:
+        point = self._point
         if point is not None and not check_resume(point, self._facts(), self._config, self._reporter):
             point.state.position = self._plan.position_after(point.state.samples // self._plan.group_size)
         return point
 
     def _facts(self) -> dict[str, Any]:
-        return run_facts(self._config, self._inputs.fingerprint(), self._spec.job_id, self._ranks.count)
+        facts = run_facts(self._config, self._inputs.fingerprint(), self._spec.job_id, self._ranks.count)
+        return facts if self._memory.budget_bytes is None else facts | {CHOICE: self._memory.choice}
 
     def _load(self) -> nn.Module:
         with self._reporter.stage("init_load_base_model", "Loading the model"):

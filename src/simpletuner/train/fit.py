@@ -79,11 +79,12 @@ class Fitting:
         as_it_is: Mapping[Phase, int],
         budget_bytes: int,
         held_bytes: int,
+        may: Callable[[Mapping[str, Any]], bool] = lambda changes: True,
     ) -> None:
         """`shapes_of`: the shapes of the data where at most so many pictures are encoded at once.
 
         `as_it_is`: the phases of the configuration, as rehearsed. `held_bytes`: what the process holds anyway, where
-        that counts too.
+        that counts too. `may`: whether so many changes of training may be proposed.
         """
         self._config = config
         self._spec = spec
@@ -92,6 +93,7 @@ class Fitting:
         self._as_it_is = as_it_is
         self._budget = budget_bytes
         self._held = held_bytes
+        self._may = may
 
     def find(self) -> Fit:
         rehearsal = Rehearsal(self._config, self._spec, self._shapes_of(None))
@@ -134,6 +136,8 @@ class Fitting:
             over: set[Phase] = {phase for phase, needed in phases.items() if needed > self._budget}
             if not over:
                 break
+            if not self._may(rung.changes):
+                continue
             tried = self._rehearse(self._changed(changes | rung.changes))
             if sum(tried[phase] for phase in over) < sum(phases[phase] for phase in over):
                 phases, changes = tried, changes | rung.changes

@@ -33,6 +33,10 @@ class MemoryPlan:
     limit_bytes: int
     """What the device has."""
     may_refuse: bool = True
+    budget_bytes: int | None = None
+    """Of `memory_budget`."""
+    choice: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Bare option → value, as chosen for the budget."""
     entered: set[Phase] = field(default_factory=set[Phase])
 
     def predicted_bytes(self, *phases: Phase) -> int:
@@ -41,7 +45,10 @@ class MemoryPlan:
         return base + max((self.phases[phase] for phase in phases or self.entered), default=0)
 
     def enter(self, *phases: Phase) -> None:
-        """Say that these phases are coming. Raises UserError `will_not_fit` (71) for one that has no room."""
+        """Say that these phases are coming.
+
+        Raises UserError `will_not_fit` (71) for one that has no room, `budget_too_small` (71) for one above the budget.
+        """
         self.entered.update(phases)
         for phase in phases:
             if (needed := self.predicted_bytes(phase)) > self.limit_bytes and self.may_refuse:
@@ -53,6 +60,16 @@ class MemoryPlan:
                     exit_code=ExitCode.OUT_OF_MEMORY,
                 )
 
+            if self.budget_bytes is not None and needed > self.budget_bytes and self.may_refuse:
+                raise UserError(
+                    "budget_too_small",
+                    f"The phase {phase!r} needs {gigabytes(needed)}, more than the budget of "
+                    f"{gigabytes(self.budget_bytes)}.",
+                    hint=_CHEAPER[phase] + " Or raise --memory_budget.",
+                    pointer="/--memory_budget",
+                    exit_code=ExitCode.OUT_OF_MEMORY,
+                )
+
     def as_facts(self) -> dict[str, Any]:
         return {
             "device": self.device.type,
@@ -60,6 +77,8 @@ class MemoryPlan:
             "predicted_bytes": self.predicted_bytes(),
             "held_bytes": self.held_bytes,
             "limit_bytes": self.limit_bytes,
+            "budget_bytes": self.budget_bytes,
+            "choice": dict(self.choice),
         }
 
     def __str__(self) -> str:

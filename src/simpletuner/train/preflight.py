@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +22,9 @@ from simpletuner.errors import Problem, UserError
 from simpletuner.families.registry import load_spec
 from simpletuner.families.spec import FamilySpec
 from simpletuner.families.weights import check_base
+from simpletuner.train.budget import budget_of, choose, fitting
 from simpletuner.train.disk_plan import DiskPlan
-from simpletuner.train.fit import Fitting
-from simpletuner.train.memory import Phase
+from simpletuner.train.memory import MemoryPlan, Phase
 from simpletuner.train.rehearsal import Rehearsal, Shapes, plan_phases, state_ratio
 
 
@@ -67,16 +66,20 @@ class Preflight:
         plan = plan_phases(config, self._device, rehearsal.encoding() | training.phases)
         self.facts["memory_plan"] = plan.as_facts() | {"message": str(plan)}
         if budget_bytes is not None:
-            fitting = Fitting(
-                config,
-                self._spec,
-                partial(Shapes.of, trained, config),
-                self._device,
-                as_it_is=plan.phases,
-                budget_bytes=budget_bytes,
-                held_bytes=plan.held_bytes if self._device.type == "cpu" else 0,
-            )
-            self.facts["fit"] = fitting.find().as_facts()
+            self.facts["fit"] = fitting(config, self._spec, trained, plan, budget_bytes).find().as_facts()
+        if config.run.memory_budget is None:
+            plan.enter(*_phases(config))
+        else:
+            self._choose(plan, manifests, told=budget_bytes is not None)
+
+    def _choose(self, plan: MemoryPlan, manifests: dict[str, Manifest], *, told: bool) -> None:
+        """What `memory_budget` would choose, were the run started here and now; `told`: `fit` is of another budget."""
+        config = self._config
+        budget = budget_of(config, self._device)
+        fit = choose(config, self._spec, manifests, plan, budget, config.run.num_processes)
+        if not told:
+            self.facts["fit"] = fit.as_facts() | {"message": f"{fit} A start chooses for --memory_budget anew."}
+        plan.phases, plan.held_bytes, plan.budget_bytes = {**fit.phases}, 0, budget
         plan.enter(*_phases(config))
 
 

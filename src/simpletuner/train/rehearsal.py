@@ -185,11 +185,16 @@ class Rehearsal:
 
 
 def plan_memory(
-    config: TrainConfig, spec: FamilySpec, manifests: Mapping[str, Manifest], device: torch.device
+    config: TrainConfig,
+    spec: FamilySpec,
+    manifests: Mapping[str, Manifest],
+    device: torch.device,
+    budget_bytes: int | None = None,
 ) -> MemoryPlan:
     """Of a run over these datasets. Raises UserError `will_not_fit` (71) where it would find no room to train in."""
     shapes = Shapes.of([manifests[entry.id] for entry in config.image_datasets], config)
     plan = rehearse(config, spec, shapes, device)
+    plan.budget_bytes = budget_bytes
     plan.enter("step", "save")
     if not config.validation.validation_disable:
         plan.enter("validation")

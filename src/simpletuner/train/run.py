@@ -105,6 +105,7 @@ def _finish(built: Built, reporter: Reporter, job: JobDir) -> None:
         seconds=round(time.monotonic() - built.started_at, 3),
         memory_peak_bytes=peak_memory_bytes(),
         memory_predicted_bytes=built.memory.predicted_bytes(),
+        memory_choice=built.memory.choice,
         files=[str(pipeline), str(output_dir / "training_metrics.jsonl")],
     )
     reporter.emit(Event(type=EventType.TRAINING_SUMMARY, title="Summary", message=str(pipeline), data=summary))
