@@ -144,7 +144,7 @@ def test_an_optimizer_of_a_library_counts_with_its_state(shared: TinyWorld) -> N
 
 
 def test_what_has_no_room_is_refused_before_it_is_loaded(world: TinyWorld, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=10_000_000))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=10_000_000, available=10_000_000))
     ran = world.main(world.job(max_train_steps=1))
     assert ran.code == ExitCode.OUT_OF_MEMORY
     last = ran.events[-1]

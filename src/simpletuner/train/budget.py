@@ -54,12 +54,16 @@ class BudgetPlanner:
         self._reporter = reporter
 
     def plan(self, point: ResumePoint | None) -> tuple[TrainConfig, dict[str, Manifest], MemoryPlan]:
-        """The configuration to run with, and the manifests under its entries. Raises UserError `budget_too_small` or `will_not_fit` (71)."""
+        """The configuration to run with, and the manifests under its entries.
+
+        Raises UserError `budget_too_small` or `will_not_fit` (71), and for a base that this device cannot have.
+        """
         config = self._config
         if config.run.memory_budget is None:
             return config, self._manifests, self._without_budget(point)
         budget, choice = self._ranks.share(self._choose(point) if self._ranks.is_main else (0, {}))
         changed = apply_choice(config, choice, self._spec)
+        check_base(changed, self._device)
         entries = {entry.id: entry for entry in changed.picture_datasets}
         manifests = {name: manifest.with_entries(entries) for name, manifest in self._manifests.items()}
         memory = plan_memory(changed, self._spec, manifests, self._device, budget)
@@ -139,7 +143,7 @@ def choose(
             return _same_steps(config, trained, changes, world_size)
         if "base_model_precision" in changes:
             return _can_have(apply_choice(config, changes, spec), memory.device)
-        return changes.keys() == {"gradient_checkpointing"}
+        return set(changes) == {"gradient_checkpointing"}
 
     return fitting(config, spec, trained, memory, budget_bytes, may=may).find()
 
@@ -169,7 +173,7 @@ def apply_choice(config: TrainConfig, choice: Mapping[str, Any], spec: FamilySpe
     datasets = [entry.model_dump(mode="json") for entry in config.datasets]
     for row in datasets:
         row |= {name: min(row[name], choice[name]) for name in _PER_ENTRY if name in choice and name in row}
-    return TrainConfig.from_flat(config.to_flat() | choice, datasets, spec)
+    return TrainConfig.from_flat(config.to_flat() | dict(choice), datasets, spec)
 
 
 def _training_fits(fit: Fit) -> bool:
