@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from simpletuner.bench import checkpoint, memory
+from simpletuner.bench import checkpoint, memory, numerics
 from simpletuner.bench.memory import BytesFound
 from simpletuner.bench.scene import Scene
 
@@ -41,3 +41,13 @@ def test_the_plain_write_has_every_tensor_of_the_checkpoint(tmp_path: Path) -> N
         path.stat().st_size for path in whole.rglob("*.safetensors")
     )
     assert len(checkpoint.tensors_of(plain)) == 3
+
+
+def test_curves_are_compared_where_they_are_furthest_apart() -> None:
+    plain = [2.0] * 100
+    same, apart = plain.copy(), [*plain[:50], *[2.1] * 10, *plain[60:]]
+    comparison = numerics.Comparison("x", {}, {}, 0.02)
+    equal = numerics.figure(comparison, plain, same)
+    assert equal.value == 1 and equal.is_met
+    found = numerics.figure(comparison, plain, apart)
+    assert found.value == pytest.approx(1.05) and found.is_met is False

@@ -27,7 +27,7 @@ def test_loss_golden(shared: TinyWorld, request: pytest.FixtureRequest) -> None:
     if request.config.getoption("--write-goldens"):
         file.write_text(json.dumps(rows, indent=1) + "\n")
     for found, kept in zip(rows, json.loads(file.read_text()), strict=True):
-        assert found == pytest.approx(kept, rel=1e-4)
+        assert found == pytest.approx(kept, rel=1e-3), "another processor's matrix products differ by a tenth of it"
     assert ran.metrics()[-1]["epoch"] == 3, "24 pictures of three buckets, 4 a step"
 
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-NAMES = ("overhead", "loader", "cache", "server", "scale", "memory", "checkpoint")
+NAMES = ("overhead", "loader", "cache", "server", "scale", "memory", "checkpoint", "numerics")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(words: Sequence[str] | None = None) -> int:
     import torch
     import transformers
 
-    from simpletuner.bench import cache, checkpoint, loader, memory, overhead, scale, server
+    from simpletuner.bench import cache, checkpoint, loader, memory, numerics, overhead, scale, server
     from simpletuner.bench.figure import Measured, as_markdown, circumstances
     from simpletuner.bench.scene import Scene
 
@@ -43,6 +43,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "scale": scale.measure,
         "memory": memory.measure,
         "checkpoint": checkpoint.measure,
+        "numerics": lambda scene: numerics.measure(scene, asked.steps),
     }
     measured: list[Measured] = []
     for name in [asked.name] if asked.name else NAMES:

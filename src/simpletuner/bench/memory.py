@@ -48,10 +48,10 @@ _FLUX: dict[str, Options] = {
     "int8-torchao plain": {"base_model_precision": "int8-torchao", "gradient_checkpointing": False},
 }
 _BASE: Options = {"gradient_checkpointing": True, "data_backend_config": "long.json"}
-_PAIRED: Options = _LORA | {"model_family": "flux", "optimizer": "torch-adamw", "data_backend_config": "pairs.json"}
+PAIRED: Options = _LORA | {"model_family": "flux", "optimizer": "torch-adamw", "data_backend_config": "pairs.json"}
 CONFIGURATIONS: dict[str, Options] = {
     **{f"PixArt {name}": _BASE | options for name, options in _PIXART.items()},
-    **{f"Flux {name}": _BASE | _PAIRED | options for name, options in _FLUX.items()},
+    **{f"Flux {name}": _BASE | PAIRED | options for name, options in _FLUX.items()},
 }
 _PROMPT = "a red heart on white paper, " * 100
 """Longer than any encoder reads: it is for captions of full length that memory is predicted."""

@@ -13,20 +13,20 @@ BENCH = "simpletuner.bench"
 
 
 def bench(
-    name: Literal["overhead", "loader", "cache", "server", "scale", "memory", "checkpoint"] | None = None,
+    name: Literal["overhead", "loader", "cache", "server", "scale", "memory", "checkpoint", "numerics"] | None = None,
     *,
     steps: int = 200,
     pictures: int = 64,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
-    """Measure trainer, loader, cache, server, large datasets, memory and checkpoints; on the CPU, with the nano model.
+    """Measure speed, scale, memory, checkpoints and loss curves against references; on the CPU, with nano models.
 
     Parameters
     ----------
     name
         One of them; without it, all.
     steps
-        Steps of each loop that is timed.
+        Steps of each loop that is timed, and of each loss curve.
     pictures
         Pictures that are drawn to work on.
     json
