@@ -9,7 +9,7 @@ import pytest
 
 from simpletuner.train.unused import leave_out
 
-PLAIN = {"model_type": "lora", "optimizer": "adamw_bf16", "base_model_precision": "no_change"}
+PLAIN = {"model_type": "lora", "optimizer": "adamw_bf16", "base_model_precision": "no_change", "memory_budget": None}
 QUANTISERS = {"bitsandbytes", "torchao", "optimum"}
 
 
@@ -19,6 +19,7 @@ QUANTISERS = {"bitsandbytes", "torchao", "optimum"}
         ({}, QUANTISERS),
         ({"model_type": "full"}, QUANTISERS | {"peft", "lycoris"}),
         ({"base_model_precision": "int8-quanto"}, QUANTISERS - {"optimum"}),
+        ({"memory_budget": "auto"}, QUANTISERS - {"optimum"}),
         ({"base_model_precision": "nf4-bnb"}, QUANTISERS - {"bitsandbytes"}),
         ({"optimizer": "ao-adamw8bit"}, QUANTISERS - {"torchao"}),
     ],
