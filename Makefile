@@ -48,12 +48,12 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/simpletuner bench
 
-# Without --no-compile pip compiles every module of every library, one by one: as long as all the rest. Python compiles
-# those that are used, at their first import.
+# pip compiles the modules of the libraries one by one, on one core; some of their files are templates that do not compile.
 $(READY): requirements.lock pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	touch $(READY)
 
 clean:

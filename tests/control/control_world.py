@@ -125,7 +125,7 @@ class ServerProcess:
         command += self._environment
         self.process = subprocess.Popen(command, env=self._environ, stdout=log, stderr=log, cwd=self.workspace)
         log.close()
-        until(self.is_healthy, within_s=20)
+        until(self.is_healthy, within_s=60)
         spent = psutil.Process(self.process.pid).cpu_times()
         self.started_cpu_s = spent.user + spent.system
 
