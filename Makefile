@@ -48,12 +48,13 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/simpletuner bench
 
-# pip compiles the modules of the libraries one by one, on one core; some of their files are templates that do not compile.
+# pip would compile every module of every library, for as long as all the rest takes; these imports compile what is used.
 $(READY): requirements.lock pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib >/dev/null 2>&1 || true
+	$(BIN)/python -c "import simpletuner.server.app" & \
+	$(BIN)/python -c "import simpletuner.train.run, simpletuner.train.trained_adapter" 2>/dev/null; wait
 	touch $(READY)
 
 clean:
