@@ -48,13 +48,10 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/simpletuner bench
 
-# pip would compile every module of every library, for as long as all the rest takes; these imports compile what is used.
 $(READY): requirements.lock pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	$(BIN)/python -c "import simpletuner.server.app" & \
-	$(BIN)/python -c "import simpletuner.train.run, simpletuner.train.trained_adapter" 2>/dev/null; wait
 	touch $(READY)
 
 clean:

@@ -87,6 +87,7 @@ def check_completes(server: ServerProcess, **options: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_no_room_for_latents(mount: Mount, serve: Callable[[], ServerProcess]) -> None:
     place = mount("cache", "32k")
     server = serve()
@@ -109,6 +110,7 @@ def test_no_room_for_checkpoints(mount: Mount, serve: Callable[[], ServerProcess
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_no_room_for_the_journal(mount: Mount, serve: Callable[[], ServerProcess]) -> None:
     place = mount(".simpletuner", "8m")
     server = serve()

@@ -483,6 +483,7 @@ print(status("VmHWM") - before, describe_quantised(model)["bytes"])
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of a process are read from /proc")
 def test_no_more_in_memory_than_what_is_quantised_and_one_tensor(tmp_path: Path) -> None:
     with torch.device("meta"):

@@ -130,8 +130,8 @@ def test_without_a_schedule_the_average_is_what_is_looked_at(world: TinyWorld) -
     assert losses[0][2] == losses[1][2] == losses[2][0] != losses[0][4]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("case", [0, 1])
 def test_three_deaths_in_a_row_are_no_difference(shared: TinyWorld, straight: Ran, case: int) -> None:
     """The exactness law: kill −9 in the middle of accumulation, three times, at seeded random micro-steps."""
     generator = random.Random(case)

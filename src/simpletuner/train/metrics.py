@@ -60,13 +60,14 @@ class Metrics:
         self._drained_at = time.monotonic()
         self._started_at: float | None = None
         self._done = 0
+        self.report_interval_s = _REPORT_INTERVAL_S
 
     def record(self, facts: StepFacts, loss: Tensor, norm: Tensor) -> None:
         """File a step. Nothing is read from the device unless a report is due."""
         torch.stack((loss, norm), out=self._ring[len(self._facts)])
         self._facts.append(facts)
         first_or_last = facts.step == self._total or self._reported_at == -math.inf
-        if first_or_last or len(self._facts) == _RING or time.monotonic() - self._reported_at >= _REPORT_INTERVAL_S:
+        if first_or_last or len(self._facts) == _RING or time.monotonic() - self._reported_at >= self.report_interval_s:
             self.drain()
 
     def start(self) -> None:
