@@ -12,15 +12,14 @@ demo: $(READY)
 SHORT := -m pytest -m "not slow and not long" -p no:cacheprovider
 SLOW := -m pytest -m "slow and not long" -p no:cacheprovider
 
-# Side by side: lint, the tutorials, the other slow tests, those of the control world and the rest. Each waits a good deal
-# for processes and timers, so that together they keep two cores busy.
+# Side by side: lint, the slow tests, those of the control world and the others. Each waits a good deal for processes and
+# timers, so that three of them keep two cores busy.
 test: $(READY)
 	@$(MAKE) --no-print-directory lint & lint=$$!; \
-	$(BIN)/python $(SLOW) tests/tutorial & tutorials=$$!; \
-	$(BIN)/python $(SLOW) --ignore tests/tutorial & slow=$$!; \
+	$(BIN)/python $(SLOW) & slow=$$!; \
 	$(BIN)/python $(SHORT) tests/control & control=$$!; \
 	$(BIN)/python $(SHORT) --ignore tests/control; failed=$$?; \
-	for part in $$lint $$tutorials $$slow $$control; do wait $$part || failed=1; done; exit $$failed
+	for part in $$lint $$slow $$control; do wait $$part || failed=1; done; exit $$failed
 
 # What `make test` leaves out for time, and the kills of a thorough run.
 test-long: $(READY)
