@@ -117,8 +117,9 @@ def _prepare(job: JobDir, reporter: Reporter, requests: RequestReader, ranks: Ra
     preparation = Preparation(config, family, reporter, requests, device, ranks)
     manifests = preparation.discover(job.artifacts)
     config, manifests, memory = BudgetPlanner(config, family_spec, manifests, device, ranks, reporter).plan(point)
-    family = build_family(config, family_spec)
-    preparation = Preparation(config, family, reporter, requests, device, ranks)
+    if memory.choice:
+        family = build_family(config, family_spec)
+        preparation = Preparation(config, family, reporter, requests, device, ranks)
     reporter.predicted_bytes = memory.predicted_bytes()
     inputs = preparation.encode(manifests, texts, memory)
     return _Builder(config, family, inputs, job, reporter, requests, device, memory, ranks, point)
