@@ -49,6 +49,21 @@ def lower_bound(ratios: Sequence[float]) -> float:
     return medians[int(0.05 * _RESAMPLES)]
 
 
+def ratio_at_most(name: str, ratios: Sequence[float], most: float, note: str, *, value: float | None = None) -> Figure:
+    """Paired ratios against a limit; `value`: theirs, where it is not their median. training.md §10.2."""
+    ratio, lower = statistics.median(ratios) if value is None else value, lower_bound(ratios)
+    return Figure(
+        name=name,
+        value=ratio,
+        unit="",
+        least=min(ratios),
+        most=max(ratios),
+        limit=f"≤ {most:g}",
+        is_met=False if lower > most else True if ratio <= most else None,
+        note=f"{note}; 95 % lower bound {lower:.4f}",
+    )
+
+
 def quantile(values: Sequence[float], part: float) -> float:
     return sorted(values)[min(len(values) - 1, int(part * len(values)))]
 

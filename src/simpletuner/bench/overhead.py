@@ -11,7 +11,7 @@ from typing import Any
 
 from simpletuner.bench.bare import BareLoop
 from simpletuner.bench.counters import HOST_SYNCS, CallCounter, OperationCounter, is_network
-from simpletuner.bench.figure import Figure, Measured, lower_bound
+from simpletuner.bench.figure import Figure, Measured, ratio_at_most
 from simpletuner.bench.scene import BATCH_SIZE, PRECISIONS, Precision, Scene
 from simpletuner.bench.trainer import TrainerLoop
 from simpletuner.data.loader import Batch
@@ -64,17 +64,8 @@ def _times(bare: BareLoop, trainer: TrainerLoop, run: Run, precision: Precision,
             bare_s.append(bare.run(run.state.step, size))
     slow, fast = _median(trainer_s), _median(bare_s)
     pairs = [statistics.median(a) / statistics.median(b) for a, b in zip(trainer_s, bare_s, strict=True)]
-    lower = lower_bound(pairs)
-    yield Figure(
-        name=f"{precision}: trainer ÷ bare, medians of steps",
-        value=slow / fast,
-        unit="",
-        least=min(pairs),
-        most=max(pairs),
-        limit=f"≤ {MAX_RATIO}",
-        is_met=False if lower > MAX_RATIO else True if slow / fast <= MAX_RATIO else None,
-        note=f"{steps} steps each, batch {BATCH_SIZE}; 95 % lower bound {lower:.4f}",
-    )
+    name, note = f"{precision}: trainer ÷ bare, medians of steps", f"{steps} steps each, batch {BATCH_SIZE}"
+    yield ratio_at_most(name, pairs, MAX_RATIO, note, value=slow / fast)
     yield _step(f"{precision}: bare step", bare_s, "")
     yield _step(f"{precision}: trainer step", trainer_s, f"{(slow - fast) * 1e6:.0f} µs more")
 

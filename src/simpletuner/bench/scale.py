@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from simpletuner.bench.figure import Figure, Measured, lower_bound, quantile
+from simpletuner.bench.figure import Figure, Measured, quantile, ratio_at_most
 from simpletuner.bench.scene import BATCH_SIZE, Scene
 from simpletuner.config.dataset_options import PictureDataset
 from simpletuner.data.backends import open_backend
@@ -148,18 +148,10 @@ def _step_figure(many: Manifest, few: Manifest, folder: Path) -> Figure:
         one, other = first.block(), second.block()
         pairs.append((other, one) if number % 2 else (one, other))
     ratios = [slow / fast for slow, fast in pairs]
-    ratio, lower = statistics.median(ratios), lower_bound(ratios)
     many_us, few_us = (1e6 * statistics.median(times) for times in zip(*pairs, strict=True))
-    return Figure(
-        name=f"next batch of the plan with names and captions, {len(many):,} ÷ {len(few):,} rows",
-        value=ratio,
-        unit="",
-        least=min(ratios),
-        most=max(ratios),
-        limit=f"≤ {MAX_RATIO}",
-        is_met=False if lower > MAX_RATIO else True if ratio <= MAX_RATIO else None,
-        note=f"{many_us:.0f} and {few_us:.0f} µs, medians; {PAIRS} pairs of {STEPS}; 95 % lower bound {lower:.4f}",
-    )
+    name = f"next batch of the plan with names and captions, {len(many):,} ÷ {len(few):,} rows"
+    note = f"{many_us:.0f} and {few_us:.0f} µs, medians; {PAIRS} pairs of {STEPS}"
+    return ratio_at_most(name, ratios, MAX_RATIO, note)
 
 
 class _Stepper:
