@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -11,11 +12,13 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
 import psutil
+from warm import WarmProcess, WarmStart
 
 import simpletuner
 from simpletuner.job import ACTIVE, JobDir, JobStatus
@@ -103,11 +106,21 @@ class World:
         self.store.close()
 
 
+@cache
+def warm_servers() -> WarmStart:
+    """Begun by the first test that needs a server, ended with this process."""
+    warm = WarmStart(["serve", "alembic.command"], os.environ | {"PYTHONPATH": str(SOURCE)})
+    atexit.register(warm.close)
+    return warm
+
+
 class ServerProcess:
     """A real server on a free port."""
 
-    def __init__(self, workspace: Path, *, environment: str = "", **environ: str) -> None:
+    def __init__(self, workspace: Path, *, environment: str = "", is_cold: bool = False, **environ: str) -> None:
+        """`is_cold`: it imports for itself what a server needs."""
         self.workspace = workspace
+        self._is_cold = is_cold
         self._environment = [environment] if environment else []
         self.port = free_port()
         self.url = f"http://localhost:{self.port}"
@@ -120,14 +133,17 @@ class ServerProcess:
         self.start()
 
     def start(self) -> None:
-        log = (self.workspace / "server.log").open("ab")
-        command = [sys.executable, str(FAKE_TRAINER.with_name("serve.py")), str(self.workspace), str(self.port)]
-        command += self._environment
-        self.process = subprocess.Popen(command, env=self._environ, stdout=log, stderr=log, cwd=self.workspace)
-        log.close()
+        words = ["serve", str(self.workspace), str(self.port), *self._environment]
+        with (self.workspace / "server.log").open("ab") as log:
+            self.process = self._launch(
+                words, {"env": self._environ, "cwd": self.workspace, "stdout": log, "stderr": log}
+            )
         until(self.is_healthy, within_s=60)
-        spent = psutil.Process(self.process.pid).cpu_times()
-        self.started_cpu_s = spent.user + spent.system
+
+    def _launch(self, words: list[str], place: dict[str, Any]) -> subprocess.Popen[bytes] | WarmProcess:
+        if self._is_cold:
+            return subprocess.Popen([sys.executable, str(FAKE_TRAINER.with_name("serve.py")), *words[1:]], **place)
+        return WarmProcess(warm_servers().address, words, **place)
 
     def is_healthy(self) -> bool:
         if self.process.poll() is not None:

@@ -118,11 +118,11 @@ def test_no_room_for_the_journal(mount: Mount, serve: Callable[[], ServerProcess
     until(lambda: list_checkpoints(server.workspace / "output/full"), within_s=60)
     fill(place)
     # Of the file system that is full, all that is left is what was reserved for this.
-    until(lambda: server.folder(job_id).read_exit(), within_s=20)
+    until(lambda: server.folder(job_id).read_exit())
     answer = server.http.post("/api/training/start", json=server.options(output_dir="output/other"))
     assert (answer.status_code, answer.json()["code"]) == (507, "disk_full"), answer.text
     make_room(place)
-    check_failure(server.wait_status(job_id, *TERMINAL, within_s=20))
+    check_failure(server.wait_status(job_id, *TERMINAL))
     errors = [event for event in server.events(types="error") if event["job_id"] == job_id]
     assert [event["data"]["code"] for event in errors] == ["disk_full"]
     assert find_faults(list_checkpoints(server.workspace / "output/full")[0].path) == []

@@ -7,10 +7,14 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
-from control_world import FAKE_TRAINER, SOURCE, ServerProcess, until
+from control_world import FAKE_TRAINER, SOURCE, ServerProcess, until, warm_servers
+from warm import WarmProcess
 
 
 def test_errors_have_one_shape(shared_server: ServerProcess) -> None:
@@ -92,13 +96,21 @@ def test_status_splits_the_devices(shared_server: ServerProcess) -> None:
     assert "gpu_allocation" not in shared_server.get("/api/system/status")
 
 
-def test_it_is_up_in_two_seconds_and_ends_well(server: ServerProcess) -> None:
-    """Two seconds where the framework alone takes 0.4: a busy machine slows both."""
+def test_it_is_up_in_two_seconds_and_ends_well(tmp_path: Path) -> None:
+    """Two seconds where the framework alone takes 0.4: a busy machine slows both.
+
+    On a free core that is the time to the first answer.
+    """
+    server = ServerProcess(tmp_path, is_cold=True)
+    spent = psutil.Process(server.process.pid).cpu_times()
     told = subprocess.check_output([sys.executable, "-c", "import time, fastapi, uvicorn; print(time.process_time())"])
-    assert server.started_cpu_s < 2 * max(1.0, float(told) / 0.4), "on a free core that is the time to the first answer"
+    assert spent.user + spent.system < 2 * max(1.0, float(told) / 0.4), (
+        "on a free core that is the time to the first answer"
+    )
     assert (server.workspace / "config" / "webhooks.json").exists()
     assert (server.workspace / ".simpletuner").stat().st_mode & 0o777 == 0o700
     assert server.stop() == 0
+    server.close()
 
 
 def test_what_it_cannot_have_is_an_exit_code(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -111,10 +123,10 @@ def test_what_it_cannot_have_is_an_exit_code(server: ServerProcess, tmp_path_fac
 
 
 def run_serve(workspace: Path, port: int, environment: str = "", **environ: str) -> int:
-    command = [sys.executable, str(FAKE_TRAINER.with_name("serve.py")), str(workspace), str(port)]
-    command += [environment] if environment else []
-    everything = dict(os.environ) | {"PYTHONPATH": str(SOURCE)} | environ
-    return subprocess.run(command, env=everything, timeout=20, capture_output=True, check=False).returncode
+    words = ["serve", str(workspace), str(port), *([environment] if environment else [])]
+    with tempfile.TemporaryFile() as output:
+        place: dict[str, Any] = {"env": os.environ | environ, "cwd": workspace, "stdout": output, "stderr": output}
+        return WarmProcess(warm_servers().address, words, **place).wait(60)
 
 
 def test_shutdown_keeps_jobs_and_ends_streams(server: ServerProcess) -> None:
@@ -130,7 +142,7 @@ def test_shutdown_keeps_jobs_and_ends_streams(server: ServerProcess) -> None:
     server.start()
     assert server.get(f"/api/jobs/{job_id}")["job"]["is_active"]
     assert server.http.post("/api/system/shutdown?jobs=cancel").status_code == 202
-    until(lambda: not server.folder(job_id).is_locked(), within_s=10)
+    until(lambda: not server.folder(job_id).is_locked())
 
 
 def test_torch_is_never_imported() -> None:

@@ -13,6 +13,9 @@ from simpletuner.errors import UserError
 from simpletuner.events import read_journal
 from simpletuner.job import JobStatus
 
+SOON_S = 10
+"""Two on a free core."""
+
 
 def history(world: World, job_id: str) -> list[str]:
     ticks = [event.as_dict() for event in world.seen]
@@ -74,8 +77,8 @@ def test_cancel_needs_no_consent(world: World) -> None:
     begin = time.monotonic()
     world.supervisor.request_end(job_id, "stop")
     world.supervisor.request_end(job_id, "cancel")
-    job = world.tick_until(job_id, JobStatus.CANCELLED, within_s=10)
-    assert time.monotonic() - begin < 10
+    job = world.tick_until(job_id, JobStatus.CANCELLED)
+    assert time.monotonic() - begin < 5 * SOON_S
     assert job.mode == "cancel"
     until(lambda: not processes_of(world.folder(job_id)))
 
@@ -114,7 +117,7 @@ def test_killed_trainer_is_a_failure_with_its_signal(world: World) -> None:
     world.trainer(job_id).send_signal(signal.SIGKILL)
     begin = time.monotonic()
     job = world.tick_until(job_id, JobStatus.FAILED)
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < SOON_S
     assert job.exit is not None
     assert (job.exit["code"], job.exit["signal"]) == (None, signal.SIGKILL)
     assert "memory" in job.exit["hint"]
@@ -127,8 +130,8 @@ def test_killed_runner_takes_its_trainer_along(world: World) -> None:
     world.runner(job_id).send_signal(signal.SIGKILL)
     begin = time.monotonic()
     world.tick_until(job_id, JobStatus.LOST)
-    assert time.monotonic() - begin < 2
-    until(lambda: not processes_of(world.folder(job_id)), within_s=2)
+    assert time.monotonic() - begin < SOON_S
+    until(lambda: not processes_of(world.folder(job_id)))
     assert world.store.jobs.leases() == {}
 
 

@@ -36,7 +36,7 @@ def test_https_with_a_certificate_of_its_own(tmp_path: Path) -> None:
     process = start(tmp_path, port, "--ssl")
     certificate = tmp_path / ".simpletuner" / "tls-cert.pem"
     try:
-        until(certificate.exists, within_s=20)
+        until(certificate.exists)
         trusted = ssl.create_default_context(cafile=certificate)
         with httpx2.Client(base_url=f"https://localhost:{port}", verify=trusted) as http:
 
@@ -46,7 +46,7 @@ def test_https_with_a_certificate_of_its_own(tmp_path: Path) -> None:
                 except httpx2.TransportError:
                     return False
 
-            until(is_up, within_s=20)
+            until(is_up)
             made = http.post("/api/auth/setup/first-admin", json=ADMIN)
             assert made.status_code == 201
             assert "; Secure" in made.headers["set-cookie"]

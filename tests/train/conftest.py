@@ -9,6 +9,8 @@ import torch
 from tiny_world import TinyWorld, build_model
 
 from simpletuner.train.half_on_cpu import fast_half_products
+from simpletuner.train.memory import Phase
+from simpletuner.train.rehearsal import Rehearsal
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,6 +21,32 @@ def arithmetic() -> Iterator[None]:
     with fast_half_products():
         yield
     torch.set_num_threads(before)
+
+
+WITHOUT_WEIGHT = {
+    "output_dir", "max_train_steps", "num_train_epochs", "seed", "resume_from_checkpoint", "checkpoint_step_interval",
+    "checkpoints_total_limit", "learning_rate", "lr_scheduler", "lr_warmup_steps", "gradient_accumulation_steps",
+}  # fmt: skip
+"""Options that no tensor depends on."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_rehearsals() -> Iterator[None]:
+    """A rehearsal depends on options and shapes alone, and takes longer than most runs here: each is made once."""
+    known: dict[str, dict[Phase, int]] = {}
+    play = Rehearsal.run
+
+    def recall(self: Rehearsal, state_ratio: float | None) -> dict[Phase, int]:
+        config = vars(self)["_config"]
+        flat = {name: value for name, value in config.to_flat().items() if name not in WITHOUT_WEIGHT}
+        key = repr((flat, config.text_embeds.text_encoder_batch_size, vars(self)["_shapes"], state_ratio))
+        if key not in known:
+            known[key] = play(self, state_ratio)
+        return dict(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rehearsal, "run", recall)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from control_world import ServerProcess
 from pages import Answer, Block, read_blocks, run_blocks
 from receiver import Receiver
 from tiny_world import build_model
+from warm_trainer import warm_trainers
 
 from simpletuner.families.registry import load_spec
 
@@ -84,12 +85,11 @@ def server(tmp_path: Path) -> Iterator[ServerProcess]:
     put_on_hub(home, "terminusresearch/pixart-900m-1024-ft-v0.6", build_model(tmp_path / "tiny"))
     flux = Path(load_spec("flux").flavours["nano"].repository)
     put_on_hub(home, load_spec("flux").flavours["kontext"].repository, flux)
-    running = ServerProcess(
-        tmp_path, SIMPLETUNER_TRAINER="", OMP_NUM_THREADS="1", HF_HOME=str(home), HF_HUB_OFFLINE="1",
-        DATASETS_DIR=str(tmp_path / "datasets"),
-    )  # fmt: skip
-    yield running
-    running.close()
+    environ = {"OMP_NUM_THREADS": "1", "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    with warm_trainers(**environ) as trainers:
+        running = ServerProcess(tmp_path, DATASETS_DIR=str(tmp_path / "datasets"), **environ, **trainers)
+        yield running
+        running.close()
 
 
 def statuses(answers: list[Answer]) -> set[tuple[str, int]]:

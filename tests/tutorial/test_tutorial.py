@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from control_world import ServerProcess
 from pages import Answer, Block, Request, read_blocks, run_blocks
+from warm_trainer import warm_trainers
 
 DOCS = Path(__file__).parents[2] / "docs"
 WITHIN_S = 540
@@ -34,17 +35,19 @@ SAYS = {
     "8. When something is wrong": r"Did you mean --learning_rate\?",
 }
 """What has to be read below a heading, in this order."""
-WITH_ACCOUNTS = {
-    "3. Some pictures", "Pictures that are elsewhere", "Create", "Describe the data", "Merge settings",
-    "Activate, validate, start", "Watch", "Be told", "Cancel", "8. When something is wrong",
-}  # fmt: skip
 REFUSED = {Request(422, "POST", "/api/training/start")}
 """By intention: the only answers that are no success."""
 
 
+@pytest.fixture(scope="module")
+def trainers() -> Iterator[dict[str, str]]:
+    with warm_trainers(OMP_NUM_THREADS="1") as environ:
+        yield environ | {"OMP_NUM_THREADS": "1"}
+
+
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[ServerProcess]:
-    running = ServerProcess(tmp_path, SIMPLETUNER_TRAINER="", OMP_NUM_THREADS="1")
+def server(tmp_path: Path, trainers: dict[str, str]) -> Iterator[ServerProcess]:
+    running = ServerProcess(tmp_path, **trainers)
     yield running
     running.close()
 
@@ -75,18 +78,13 @@ def test_both_pages_have_the_same_commands() -> None:
     assert [block.commands for block in english] == [block.commands for block in spanish]
 
 
-def run_page(server: ServerProcess, blocks: list[Block]) -> None:
-    answers = run_blocks(blocks, server.workspace, WITHIN_S, SIMPLETUNER_DEVICES="cpu:1", OMP_NUM_THREADS="1")
+def run_page(server: ServerProcess, blocks: list[Block], trainers: dict[str, str]) -> None:
+    answers = run_blocks(blocks, server.workspace, WITHIN_S, SIMPLETUNER_DEVICES="cpu:1", **trainers)
     here = {block.heading for block in blocks}
     check(answers, {heading: pattern for heading, pattern in SAYS.items() if heading in here})
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(WITHIN_S + 60)
-def test_the_english_page_runs_on_an_open_server(server: ServerProcess) -> None:
-    blocks = blocks_of("tutorial.en.md", server.port)
-    run_page(server, blocks)
-    assert {block.heading for block in blocks} == SAYS.keys() | {"3. Some pictures", "7. Without a server"}
+def check_products(server: ServerProcess) -> None:
     output = server.workspace / "output"
     produced = ("once/pipeline", "kontext/pytorch_lora_weights.safetensors", "foreground/checkpoint-10")
     assert [path for path in produced if not (output / path).exists()] == []
@@ -95,11 +93,19 @@ def test_the_english_page_runs_on_an_open_server(server: ServerProcess) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(WITHIN_S + 60)
-def test_the_spanish_page_runs_with_accounts(server: ServerProcess) -> None:
-    """The team is made first; from there on every `curl` has its key from `.curlrc`. One run of each kind of request is
-    enough here: the commands are those of the other page, which runs whole."""
+def test_the_english_page_runs_on_an_open_server(server: ServerProcess, trainers: dict[str, str]) -> None:
+    blocks = blocks_of("tutorial.en.md", server.port)
+    run_page(server, blocks, trainers)
+    assert {block.heading for block in blocks} == SAYS.keys() | {"3. Some pictures", "7. Without a server"}
+    check_products(server)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(WITHIN_S + 60)
+def test_the_spanish_page_runs_with_accounts(server: ServerProcess, trainers: dict[str, str]) -> None:
+    """The team is made first; from there on every `curl` has its key from `.curlrc`."""
     blocks = blocks_of("tutorial.es.md", server.port)
     first = [block for block in blocks if block.heading in ("2. Look around", "9. A team")]
-    rest = [block for block in blocks if block.heading in WITH_ACCOUNTS]
-    run_page(server, first + rest)
+    run_page(server, first + [block for block in blocks if block not in first], trainers)
     assert (server.workspace / ".curlrc").stat().st_mode & 0o077 == 0
+    check_products(server)
