@@ -153,8 +153,8 @@ def test_backfill_uses_what_the_head_does_not_need() -> None:
 
 def test_waiting_raises_priority_up_to_twenty() -> None:
     old = job("a", queued_at=NOW - timedelta(minutes=25))
-    assert effective_priority(old, NOW) == 12
-    assert effective_priority(replace(old, queued_at=NOW - timedelta(days=9)), NOW) == 30
+    assert effective_priority(10, old.queued_at, NOW) == 12
+    assert effective_priority(10, NOW - timedelta(days=9), NOW) == 30
 
 
 @given(situations(), st.data())

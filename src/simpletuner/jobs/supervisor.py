@@ -107,8 +107,7 @@ class Supervisor:
                 and self._store.jobs.override_mode(job_id, from_mode=job.mode, to_mode=mode)
             ):
                 self._executor.send(self._placement.job_dir(job_id), end_command(job, mode))
-            self._requested = True
-            self.wake()
+            self.replan()
             return self._job(job_id)
 
     def pause(self, job_id: str) -> JobRow:
@@ -120,9 +119,31 @@ class Supervisor:
     def resume(self, job_id: str) -> JobRow:
         with self._lock:
             self._store.jobs.set_paused(job_id, False)
-            self._requested = True
-            self.wake()
+            self.replan()
             return self._job(job_id)
+
+    def approve(self, job_id: str, by: str) -> JobRow:
+        """Let a blocked job into the queue. One that is not blocked is left as it is."""
+        return self._decide(job_id, JobStatus.QUEUED, f"Approved by {by}")
+
+    def reject(self, job_id: str, reason: str) -> JobRow:
+        """End a blocked job before it ran. One that is not blocked is left as it is."""
+        return self._decide(job_id, JobStatus.REJECTED, reason)
+
+    def _decide(self, job_id: str, to: JobStatus, reason: str) -> JobRow:
+        with self._lock:
+            job = self._job(job_id)
+            if job.status is JobStatus.BLOCKED:
+                move = Move(job_id=job_id, from_=job.status, to=to, attempt=job.attempt, reason=reason)
+                self._store.jobs.move(move)
+            self.replan()
+            return self._job(job_id)
+
+    def replan(self) -> None:
+        """What the queue depends on has changed."""
+        with self._lock:
+            self._requested = True
+        self.wake()
 
     async def run(self) -> None:
         """Until `close`. A round that fails is logged and the next one tried."""

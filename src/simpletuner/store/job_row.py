@@ -23,6 +23,15 @@ class NewJob:
     user_id: str | None = None
     max_attempts: int = 1
     retry_of: str | None = None
+    priority_override: int | None = None
+    requires_approval: bool = False
+    worker_labels: dict[str, str] | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def given_priority(self) -> int:
+        """Before ageing: the override, else what follows the user's level."""
+        return self.priority if self.priority_override is None else self.priority_override
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

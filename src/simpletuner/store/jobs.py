@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, delete, func, insert, select, true, update
@@ -25,15 +26,16 @@ class JobStore:
         self._database = database
 
     def insert(self, job: NewJob, *, claim: Claim | None = None) -> JobRow:
-        """Accept `job` as queued, with its event and its idempotency key, in one transaction.
+        """Accept `job`, with its event and its idempotency key, in one transaction: queued, or blocked until approved.
 
         Raises IntegrityError when the key was claimed meanwhile.
         """
         now = utc_now()
+        status = JobStatus.BLOCKED if job.requires_approval else JobStatus.QUEUED
         with self._database.write() as connection:
             values: dict[str, Any] = asdict(job) | {
                 "preferred_devices": list(job.preferred_devices),
-                "status": JobStatus.QUEUED,
+                "status": status,
                 "forced": False,
                 "attempt": 1,
                 "created_at": now,
@@ -42,8 +44,9 @@ class JobStore:
             connection.execute(insert(jobs).values(values))
             if claim is not None:
                 put_claim(connection, claim, job_id=job.job_id, created_at=now)
-            data = JobStatusData.model_validate({"from": None, "to": JobStatus.QUEUED})
-            put_event(connection, Event(type=EventType.JOB_STATUS, job_id=job.job_id, data=data, message="Queued"))
+            data = JobStatusData.model_validate({"from": None, "to": status})
+            message = "Waits for approval" if job.requires_approval else "Queued"
+            put_event(connection, Event(type=EventType.JOB_STATUS, job_id=job.job_id, data=data, message=message))
             return _row(connection.execute(select(jobs).where(jobs.c.job_id == job.job_id)).one())
 
     def move(self, move: Move) -> bool:
@@ -75,13 +78,22 @@ class JobStore:
         with self._database.write() as connection:
             connection.execute(update(jobs).where(jobs.c.job_id == job_id).values(paused=paused))
 
+    def set_priority(self, job_id: str, override: int | None) -> bool:
+        """Of a job that waits; None gives it back to its user's level. False when it does not wait any more."""
+        waiting = jobs.c.status.in_([JobStatus.QUEUED, JobStatus.BLOCKED])
+        with self._database.write() as connection:
+            changed = connection.execute(
+                update(jobs).where(jobs.c.job_id == job_id, waiting).values(priority_override=override)
+            )
+        return changed.rowcount > 0
+
     def announce_waits(self, waits: Mapping[str, JobWaitingData]) -> None:
         """Remember why queued jobs wait, with an event for each, in one transaction. Give only what changed."""
         with self._database.write() as connection:
             for job_id, wait in waits.items():
                 noted = connection.execute(
                     update(jobs)
-                    .where(jobs.c.job_id == job_id, jobs.c.status == JobStatus.QUEUED)
+                    .where(jobs.c.job_id == job_id, jobs.c.status.in_([JobStatus.QUEUED, JobStatus.BLOCKED]))
                     .values(wait=wait.model_dump())
                 )
                 if noted.rowcount:
@@ -143,6 +155,30 @@ class JobStore:
         with self._database.read() as connection:
             rows = connection.execute(select(jobs.c.status, func.count()).group_by(jobs.c.status)).all()
         return {JobStatus(status): count for status, count in rows}
+
+    def count_by_user(self, *, user_id: str | None = None) -> dict[str, int]:
+        """Unfinished jobs of each user, or of one."""
+        unfinished = jobs.c.completed_at.is_(None) & jobs.c.user_id.is_not(None)
+        owned = true() if user_id is None else jobs.c.user_id == user_id
+        with self._database.read() as connection:
+            rows = connection.execute(
+                select(jobs.c.user_id, func.count()).where(unfinished, owned).group_by(jobs.c.user_id)
+            ).all()
+        return {row[0]: row[1] for row in rows}
+
+    def latest_waits_s(self, most: int) -> list[float]:
+        """How long each of the last `most` jobs that started had waited."""
+        with self._database.read() as connection:
+            rows = connection.execute(
+                select(jobs.c.queued_at, jobs.c.started_at)
+                .where(jobs.c.started_at >= jobs.c.queued_at)
+                .order_by(jobs.c.position.desc())
+                .limit(most)
+            ).all()
+        return [
+            (datetime.fromisoformat(started) - datetime.fromisoformat(queued)).total_seconds()
+            for queued, started in rows
+        ]
 
     def leases(self) -> dict[int, str]:
         """Local device → job that holds it."""

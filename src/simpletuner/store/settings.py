@@ -13,6 +13,9 @@ ACTIVE_ENVIRONMENT = "active_environment"
 JOB_MAX_CONCURRENT = "local_job_max_concurrent"
 REGISTRATION = "registration"
 GPU_MAX_CONCURRENT = "local_gpu_max_concurrent"
+CLOUD_MAX_CONCURRENT = "max_concurrent"
+USER_MAX_CONCURRENT = "user_max_concurrent"
+FAIR_SHARE = "enable_fair_share"
 
 
 class SettingStore:
