@@ -17,20 +17,37 @@ ENTRY = {"id": "p", "type": "local", "dataset_type": "image", "resolution": 64, 
 OPTIONS = {"model_family": "pixart_sigma", "model_type": "full", "max_train_steps": 9}
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[AccountWorld]:
-    built = AccountWorld(tmp_path)
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AccountWorld]:
+    built = AccountWorld(tmp_path_factory.mktemp("queue"))
     built.add_users("viewer", "researcher", "lead", "admin")
     built.occupy()
-    (tmp_path / "pictures").mkdir()
-    file = tmp_path / "datasets.json"
-    file.write_text(json.dumps([ENTRY | {"instance_data_dir": str(tmp_path / "pictures")}]))
+    (built.workspace / "pictures").mkdir()
+    file = write_datasets(built)
     for name in ("demo", "other"):
         options = OPTIONS | {"output_dir": f"output/{name}-run", "data_backend_config": str(file)}
         config = {f"--{key}": value for key, value in options.items()}
         built.core.environments.create(name, config, {}, None)
     yield built
     built.close()
+
+
+@pytest.fixture
+def world(built: AccountWorld) -> AccountWorld:
+    """With nothing in the queue, and nothing set."""
+    with built.core.store.database.write() as connection:
+        connection.exec_driver_sql("DELETE FROM jobs WHERE status != 'starting'")
+        connection.exec_driver_sql("DELETE FROM idempotency")
+        connection.exec_driver_sql("DELETE FROM settings")
+    built.core.placement.remove_strays()
+    write_datasets(built)
+    return built
+
+
+def write_datasets(world: AccountWorld) -> Path:
+    file = world.workspace / "datasets.json"
+    file.write_text(json.dumps([ENTRY | {"instance_data_dir": str(world.workspace / "pictures")}]))
+    return file
 
 
 def submit(world: AccountWorld, *, by: str = "researcher", headers: Any = None, **more: Any) -> Any:

@@ -99,8 +99,8 @@ class Wait:
 
 def effective_priority(priority: int, queued_at: datetime, now: datetime) -> int:
     """One more for each ten minutes waited, at most twenty."""
-    waited_s = max(0.0, (now - queued_at).total_seconds())
-    return priority + min(AGEING_MOST, int(waited_s // AGEING_STEP_S))
+    steps = int((now - queued_at).total_seconds() // AGEING_STEP_S)
+    return priority + max(0, min(AGEING_MOST, steps))
 
 
 def plan(
@@ -140,7 +140,8 @@ def _served(
         (job.is_paused or job.needs_approval, -effective_priority(job.priority, job.queued_at, now), job.order, job)
         for job in queue
     ]
-    ranked.sort(key=lambda row: row[:3])
+    # The third is unique: jobs are never compared.
+    ranked.sort()
     if not fair_share:
         yield from (row[3] for row in ranked)
         return
@@ -212,22 +213,19 @@ class _Board:
         if job.output_dir in self._output_dirs:
             holder = self._output_dirs[job.output_dir]
             return "output_dir_busy", f"Output folder {job.output_dir} is used by job {holder}."
-        most, has = self._limits.max_jobs_per_user, self.running_of[job.user_id]
-        if most is not None and has >= most:
-            return "user_limit", f"{has} of at most {most} jobs of this user are running."
-        missing = [index for index in job.wanted if index not in self._existing]
-        if missing:
-            return "gpus_busy", f"Needs {self._noun} {missing[0]}, which does not exist here."
+        most = self._limits.max_jobs_per_user
+        if most is not None and self.running_of[job.user_id] >= most:
+            return "user_limit", f"{self.running_of[job.user_id]} of at most {most} jobs of this user are running."
+        if job.preferred and not self._existing.issuperset(job.wanted):
+            missing = next(index for index in job.wanted if index not in self._existing)
+            return "gpus_busy", f"Needs {self._noun} {missing}, which does not exist here."
         most_devices = self._limits.max_devices
         if most_devices is not None and job.num_devices > most_devices:
             return "gpu_limit", f"Needs {self._count(job.num_devices)}; at most {most_devices} may be in use."
-        return self._memory_refusal(job)
+        return None if job.peak_bytes is None else self._memory_refusal(job, job.peak_bytes)
 
-    def _memory_refusal(self, job: Candidate) -> _Refusal | None:
+    def _memory_refusal(self, job: Candidate, peak: int) -> _Refusal | None:
         """Of memory that no job of ours will give back."""
-        peak = job.peak_bytes
-        if peak is None:
-            return None
         needs = f"Needs {peak / 1e9:.1f} GB"
         for index in job.wanted:
             room = self._memory.room(index)

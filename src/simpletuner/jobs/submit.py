@@ -94,12 +94,14 @@ def submit(
             store.webhooks.forget(new.job_id)
             shutil.rmtree(folder.root)
             raise
-        placement.place()
+        answers = placement.place()
         job = store.jobs.get(new.job_id)
         if job is None:
             raise LookupError(f"job {new.job_id} vanished while it was placed")
-        waits = job.status in {JobStatus.QUEUED, JobStatus.BLOCKED}
-        wait = placement.waits().get(new.job_id) if waits else None
+        wait = next((each for each in answers if each.job_id == new.job_id and isinstance(each, Wait)), None)
+        if wait is None and job.status is JobStatus.QUEUED:
+            # Its devices were leased by somebody else meanwhile.
+            wait = placement.waits().get(new.job_id)
     supervisor.wake()
     return Submitted(job, wait)
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from simpletuner.errors import UserError
 from simpletuner.job import ACTIVE, JobStatus
 from simpletuner.jobs.placement import WAITING
-from simpletuner.jobs.scheduler import Wait, effective_priority
+from simpletuner.jobs.scheduler import Start, Wait, effective_priority
 from simpletuner.server.core import Core
 from simpletuner.server.identity import Identity
 from simpletuner.server.job_view import show_progress
@@ -262,7 +262,8 @@ def _estimate_wait_s(core: Core, job_id: str) -> float | None:
     gone: set[str] = set()
     for seconds, ended in ending:
         gone.add(ended)
-        if core.placement.starts_without(gone, job_id):
+        answers = core.placement.plan(without=gone)
+        if any(answer.job_id == job_id and isinstance(answer, Start) for answer in answers):
             return seconds
     return None
 

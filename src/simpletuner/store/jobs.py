@@ -7,18 +7,25 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, delete, func, insert, select, true, update
+from sqlalchemy import Connection, Row, Select, bindparam, delete, func, insert, select, true, update
 from sqlalchemy.exc import IntegrityError
 
 from simpletuner.events import Event, EventType, JobStatusData, JobWaitingData, Severity, utc_now
 from simpletuner.job import ACTIVE, TRANSITIONS, JobStatus
 from simpletuner.store.claims import put_claim
 from simpletuner.store.database import Database
-from simpletuner.store.job_row import Claim, JobPage, JobQuery, JobRow, Move, NewJob
-from simpletuner.store.outbox import put_event
+from simpletuner.store.job_row import Claim, Holding, JobPage, JobQuery, JobRow, Move, NewJob, Waiting
+from simpletuner.store.outbox import put_event, put_events
 from simpletuner.store.schema import device_leases, jobs
 
 LOCAL = "local"
+_WAITING = (JobStatus.QUEUED, JobStatus.BLOCKED)
+_WAITING_COLUMNS = (
+    jobs.c.job_id, jobs.c.position, jobs.c.status, func.coalesce(jobs.c.queued_at, jobs.c.created_at),
+    func.coalesce(jobs.c.priority_override, jobs.c.priority), jobs.c.num_devices, jobs.c.preferred_devices,
+    jobs.c.any_gpu, jobs.c.output_dir, jobs.c.user_id, jobs.c.target, jobs.c.peak_bytes, jobs.c.paused,
+)  # fmt: skip
+_HOLDING_COLUMNS = (jobs.c.job_id, jobs.c.devices, jobs.c.output_dir, jobs.c.user_id)
 
 
 class JobStore:
@@ -80,7 +87,7 @@ class JobStore:
 
     def set_priority(self, job_id: str, override: int | None) -> bool:
         """Of a job that waits; None gives it back to its user's level. False when it does not wait any more."""
-        waiting = jobs.c.status.in_([JobStatus.QUEUED, JobStatus.BLOCKED])
+        waiting = jobs.c.status.in_(_WAITING)
         with self._database.write() as connection:
             changed = connection.execute(
                 update(jobs).where(jobs.c.job_id == job_id, waiting).values(priority_override=override)
@@ -88,17 +95,40 @@ class JobStore:
         return changed.rowcount > 0
 
     def announce_waits(self, waits: Mapping[str, JobWaitingData]) -> None:
-        """Remember why queued jobs wait, with an event for each, in one transaction. Give only what changed."""
+        """Remember why jobs wait, with an event for each, in one transaction. Give only what changed."""
         with self._database.write() as connection:
-            for job_id, wait in waits.items():
-                noted = connection.execute(
-                    update(jobs)
-                    .where(jobs.c.job_id == job_id, jobs.c.status.in_([JobStatus.QUEUED, JobStatus.BLOCKED]))
-                    .values(wait=wait.model_dump())
-                )
-                if noted.rowcount:
-                    event = Event(type=EventType.JOB_WAITING, job_id=job_id, data=wait, message=wait.reason)
-                    put_event(connection, event)
+            waiting = set(connection.scalars(select(jobs.c.job_id).where(jobs.c.status.in_(_WAITING))))
+            told = {job_id: wait for job_id, wait in waits.items() if job_id in waiting}
+            if not told:
+                return
+            connection.execute(
+                update(jobs).where(jobs.c.job_id == bindparam("of_job")).values(wait=bindparam("said")),
+                [{"of_job": job_id, "said": wait.model_dump()} for job_id, wait in told.items()],
+            )
+            put_events(
+                connection,
+                [
+                    Event(type=EventType.JOB_WAITING, job_id=job_id, data=wait, message=wait.reason)
+                    for job_id, wait in told.items()
+                ],
+            )
+
+    def announced_waits(self) -> dict[str, dict[str, Any] | None]:
+        """What was last said to those that wait."""
+        with self._database.read() as connection:
+            rows = connection.execute(select(jobs.c.job_id, jobs.c.wait).where(jobs.c.status.in_(_WAITING))).all()
+        return {row[0]: row[1] for row in rows}
+
+    def queue(self) -> tuple[list[Waiting], list[Holding]]:
+        """Those that wait and those that run, of one moment, in order of creation."""
+        with self._database.read() as connection:
+            waiting = connection.execute(
+                select(*_WAITING_COLUMNS).where(jobs.c.status.in_(_WAITING)).order_by(jobs.c.position)
+            ).all()
+            holding = connection.execute(
+                select(*_HOLDING_COLUMNS).where(jobs.c.status.in_(list(ACTIVE))).order_by(jobs.c.position)
+            ).all()
+        return [Waiting._make(row) for row in waiting], [Holding._make(row) for row in holding]
 
     def get(self, job_id: str) -> JobRow | None:
         with self._database.read() as connection:
