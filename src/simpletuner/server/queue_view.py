@@ -73,6 +73,7 @@ class OwnQueue(BaseModel):
     blocked_count: int
     best_position: int | None
     pending_jobs: list[QueueEntry]
+    """The blocked ones among them."""
     running_jobs: list[QueueEntry]
 
 
@@ -159,13 +160,14 @@ def unfinished(core: Core, waits: Mapping[str, Wait], owner: str | None) -> list
 def show_own(core: Core, identity: Identity) -> OwnQueue:
     waits = core.placement.waits()
     entries = show_entries(unfinished(core, waits, identity.user_id), waits)
-    pending = [entry for entry in entries if entry.status == JobStatus.QUEUED]
+    pending = [entry for entry in entries if JobStatus(entry.status) in WAITING]
     running = [entry for entry in entries if JobStatus(entry.status).is_active]
-    positions = [entry.position for entry in pending if entry.position is not None]
+    num_blocked = sum(entry.status == JobStatus.BLOCKED for entry in pending)
+    positions = [entry.position for entry in pending if entry.position and entry.status == JobStatus.QUEUED]
     return OwnQueue(
-        pending_count=len(pending),
+        pending_count=len(pending) - num_blocked,
         running_count=len(running),
-        blocked_count=len(entries) - len(pending) - len(running),
+        blocked_count=num_blocked,
         best_position=min(positions, default=None),
         pending_jobs=pending,
         running_jobs=running,
