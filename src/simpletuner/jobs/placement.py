@@ -46,7 +46,7 @@ class Placement:
         return JobDir(self.jobs_root / job_id)
 
     def limits(self) -> Limits:
-        settings = self._store.settings
+        settings = self._store.settings.all()
         return Limits(
             max_jobs=settings.get(JOB_MAX_CONCURRENT, 1),
             max_devices=settings.get(GPU_MAX_CONCURRENT),

@@ -216,7 +216,7 @@ def show_stats(core: Core, identity: Identity) -> QueueStats:
 
 
 def read_limits(core: Core) -> QueueLimits:
-    settings = core.store.settings
+    settings = core.store.settings.all()
     return QueueLimits.model_validate({name: settings.get(name, default) for name, default in DEFAULTS.items()})
 
 

@@ -28,6 +28,11 @@ class SettingStore:
             row = connection.execute(select(settings.c.value).where(settings.c.name == name)).one_or_none()
         return default if row is None else row.value
 
+    def all(self) -> dict[str, Any]:
+        """What was stored, by name."""
+        with self._database.read() as connection:
+            return {row.name: row.value for row in connection.execute(select(settings))}
+
     def set(self, name: str, value: Any) -> None:
         with self._database.write() as connection:
             connection.execute(delete(settings).where(settings.c.name == name))
