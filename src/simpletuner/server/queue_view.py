@@ -10,12 +10,12 @@ from pydantic import BaseModel
 from simpletuner.errors import UserError
 from simpletuner.job import ACTIVE, JobStatus
 from simpletuner.jobs.placement import WAITING
-from simpletuner.jobs.scheduler import Start, Wait, effective_priority
+from simpletuner.jobs.scheduler import WORKER, Start, Wait, effective_priority
 from simpletuner.server.core import Core
 from simpletuner.server.identity import Identity
 from simpletuner.server.job_view import show_progress
 from simpletuner.server.rights import denied
-from simpletuner.store.job_row import JobRow
+from simpletuner.store.job_row import JobQuery, JobRow
 from simpletuner.store.settings import (
     CLOUD_MAX_CONCURRENT,
     FAIR_SHARE,
@@ -204,7 +204,7 @@ def show_stats(core: Core, identity: Identity) -> QueueStats:
         avg_wait_seconds=round(sum(waits) / len(waits), 3) if waits else None,
         local=LocalStats(
             running_jobs=len(set(leases.values())),
-            pending_jobs=queued,
+            pending_jobs=queued - _num_for_workers(core),
             allocated_gpus=[index for index in indices if index in leases],
             available_gpus=[index for index in indices if index not in leases],
             total_gpus=len(indices),
@@ -213,6 +213,11 @@ def show_stats(core: Core, identity: Identity) -> QueueStats:
         ),
         workers=WorkerStats(),
     )
+
+
+def _num_for_workers(core: Core) -> int:
+    """Queued jobs that this machine will not run."""
+    return core.store.jobs.find(JobQuery(statuses=(JobStatus.QUEUED,), target=WORKER, limit=1)).total
 
 
 def read_limits(core: Core) -> QueueLimits:
