@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.job import Command, CommandName, CommandReader, ExitRecord, JobDir, JobStatus
-from simpletuner.jobs.device_memory import MemoryGauge
+from simpletuner.jobs.device_memory import MemoryGauge, read_nvidia_smi
 from simpletuner.jobs.devices import Device
 from simpletuner.jobs.feed import Feed
 from simpletuner.jobs.placement import Placement, is_news
@@ -228,6 +228,17 @@ def test_free_memory_is_asked_for_once_a_second_by_the_name_of_the_device() -> N
     gauge.free_bytes()
     assert asked == [0.0, 1.0]
     assert MemoryGauge([Device(0, "cpu")], read=read).free_bytes() == {} and len(asked) == 2
+
+
+def test_nvidia_smi_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the protocol: a card without a memory of its own says [N/A]."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\n[ "$1" = --query-gpu=index,memory.free ] && printf "0, 81000\\n1, [N/A]\\n"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert read_nvidia_smi() == {"0": 81000 << 20}
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert read_nvidia_smi() == {}
 
 
 def test_a_foreign_program_on_the_card_makes_a_job_wait(bench: Bench) -> None:

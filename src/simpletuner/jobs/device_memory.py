@@ -43,7 +43,7 @@ def read_nvidia() -> dict[str, int]:
     try:
         nvml: Any = importlib.import_module("pynvml")
     except ModuleNotFoundError:
-        return _read_nvidia_smi()
+        return read_nvidia_smi()
     try:
         nvml.nvmlInit()
     except nvml.NVMLError:
@@ -57,7 +57,7 @@ def read_nvidia() -> dict[str, int]:
         nvml.nvmlShutdown()
 
 
-def _read_nvidia_smi() -> dict[str, int]:
+def read_nvidia_smi() -> dict[str, int]:
     try:
         answer = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
