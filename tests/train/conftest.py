@@ -8,12 +8,16 @@ import pytest
 import torch
 from tiny_world import TinyWorld, build_model
 
+from simpletuner.train.half_on_cpu import fast_half_products
+
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
+def arithmetic() -> Iterator[None]:
+    """One thread, as in CI, and the products of a trainer process."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with fast_half_products():
+        yield
     torch.set_num_threads(before)
 
 

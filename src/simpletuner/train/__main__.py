@@ -58,11 +58,13 @@ def _run(
         import diffusers
         import transformers
 
+        from simpletuner.train.half_on_cpu import fast_half_products
         from simpletuner.train.run import execute
 
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-        return execute(job, reporter, requests, prepare)
+        with fast_half_products():
+            return execute(job, reporter, requests, prepare)
     except Ended as ended:
         _abort(reporter)
         status = "cancelled" if ended.mode == "cancel" else "stopped"
