@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from account_world import AccountWorld
 
+from simpletuner.events import Event, EventType, Journal, Progress
 from simpletuner.job import JobStatus
 from simpletuner.store.job_row import Move
 
@@ -74,6 +75,19 @@ def test_a_submit_waits_and_says_why(world: AccountWorld) -> None:
     assert (place["position"], place["reason"], place["estimated_wait_seconds"]) == (1, body["reason"], None)
 
 
+def test_the_wait_is_estimated_where_running_jobs_say_how_long_they_take(world: AccountWorld) -> None:
+    [occupant] = world.core.store.jobs.latest_active()
+    journal = world.core.placement.job_dir(occupant.job_id).journal_path
+    journal.parent.mkdir(exist_ok=True)
+    progress = Progress(label="Steps", current=1, total=9, percent=11.1, eta_seconds=120.0, metrics={})
+    event = Event(type=EventType.TRAINING_PROGRESS, title="Training", message="Step 1", progress=progress)
+    Journal(journal, job_id=occupant.job_id, attempt=1).append(event)
+    world.core.store.events.tail(occupant.job_id, journal)
+    first, second = submit(world).json()["job_id"], submit(world, config_name="other").json()["job_id"]
+    places = [world.ask("GET", f"/api/queue/position/{job}", by="researcher").json() for job in (first, second)]
+    assert [place["estimated_wait_seconds"] for place in places] == [120.0, None]
+
+
 def test_no_wait_leaves_nothing_behind(world: AccountWorld) -> None:
     before = world.core.store.jobs.ids()
     for more in ({"no_wait": True}, {"overrides": {"--num_processes": 5}}):
@@ -88,7 +102,7 @@ def test_no_wait_leaves_nothing_behind(world: AccountWorld) -> None:
         assert (foreseen.status_code, foreseen.json()) == (200, shown | {"dry_run": True})
     assert "the largest machine has 1" in body["reason"]
     assert world.core.store.jobs.ids() == before
-    assert {path.name for path in world.core.settings.jobs_root.iterdir()} == set()
+    assert {path.name for path in world.core.settings.jobs_root.iterdir()} <= before
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
@@ -266,13 +267,14 @@ def _estimate_wait_s(core: Core, job_id: str) -> float | None:
     running = core.store.jobs.with_status(ACTIVE)
     left_s = _left_s(core, running)
     ending = sorted((left_s[job.job_id], job.job_id) for job in running if job.job_id in left_s)
-    gone: set[str] = set()
-    for seconds, ended in ending:
-        gone.add(ended)
-        answers = core.placement.plan(without=gone)
-        if any(answer.job_id == job_id and isinstance(answer, Start) for answer in answers):
-            return seconds
-    return None
+
+    def starts_after(count: int) -> bool:
+        answers = core.placement.plan(without={name for _, name in ending[: count + 1]})
+        return any(answer.job_id == job_id and isinstance(answer, Start) for answer in answers)
+
+    # Few plans also where hundreds run: who starts once some have ended, starts once more have.
+    found = bisect_left(range(len(ending)), True, key=starts_after)
+    return ending[found][0] if found < len(ending) else None
 
 
 def _left_s(core: Core, running: Sequence[JobRow]) -> dict[str, float]:
