@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,31 @@ def test_free_memory_is_asked_for_once_a_second_by_the_name_of_the_device() -> N
     gauge.free_bytes()
     assert asked == [0.0, 1.0]
     assert MemoryGauge([Device(0, "cpu")], read=read).free_bytes() == {} and len(asked) == 2
+
+
+def test_long_plans_are_made_less_often(bench: Bench) -> None:
+    """Unless something happens. Here it is the memory that takes long to read."""
+    plans: list[float] = []
+
+    def slow() -> dict[str, int]:
+        plans.append(bench.now)
+        bench.now += 0.5
+        return {"0": 1}
+
+    devices = [Device(0, "gpu", 24, "cuda", "0")]
+    gauge = MemoryGauge(devices, read=slow, clock=count(step=10).__next__)
+    placement = Placement(bench.store, bench.executor, devices, bench.state / "jobs", gauge=gauge)
+    supervisor = Supervisor(bench.store, bench.executor, placement, Feed(), clock=lambda: bench.now)
+    submit(replace(bench.submission(1), peak_bytes=10**9), store=bench.store, supervisor=supervisor)
+    bench.now = 2000.0
+    plans.clear()
+    for _ in range(20):
+        supervisor.tick()
+        bench.now += 1
+    assert plans == [2000.0, 2005.5, 2011.0, 2016.5]
+    supervisor.replan()
+    supervisor.tick()
+    assert plans[4:] == [2022.0]
 
 
 def test_nvidia_smi_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
