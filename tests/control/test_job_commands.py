@@ -62,7 +62,7 @@ def shell(
     for job in environment.get("/api/jobs")["jobs"]:
         if not job["is_terminal"]:
             environment.http.post(f"/api/jobs/{job['job_id']}/cancel")
-            environment.wait_status(job["job_id"], "cancelled")
+            environment.wait_status(job["job_id"], "cancelled", "completed")
 
 
 def test_a_dry_run_says_what_submit_does(shell: Shell) -> None:
