@@ -106,7 +106,7 @@ def test_no_wait_leaves_nothing_behind(world: World) -> None:
     with pytest.raises(UserError, match="Rejected") as refused:
         world.submit(no_wait=True)
     assert refused.value.code == "gpus_unavailable"
-    with pytest.raises(UserError, match="needs 3 devices"):
+    with pytest.raises(UserError, match="needs 3 slots; the largest machine has 1"):
         world.submit(num_processes=3)
     assert len(list((world.state / "jobs").iterdir())) == 1
 

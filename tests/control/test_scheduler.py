@@ -6,6 +6,7 @@ import heapq
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,6 +38,7 @@ def situations(draw: st.DrawFn) -> tuple[list[Candidate], list[Occupant], list[D
             preferred=tuple(draw(st.lists(numbers, unique=True, max_size=count))),
             any_gpu=draw(st.booleans()),
             output_dir=draw(st.sampled_from(["/a", "/b", f"/own{order}", f"/own{order}"])),
+            user_id=draw(st.sampled_from("xy")),
         )
         for order in range(draw(st.integers(0, 6)))
     ]
@@ -44,9 +46,14 @@ def situations(draw: st.DrawFn) -> tuple[list[Candidate], list[Occupant], list[D
     running: list[Occupant] = []
     while free and draw(st.booleans()):
         held = tuple(free.pop() for _ in range(draw(st.integers(1, len(free)))))
-        running.append(Occupant(job_id=f"r{len(running)}", devices=held, output_dir=f"/r{len(running)}"))
+        user = draw(st.sampled_from("xy"))
+        name = f"r{len(running)}"
+        running.append(Occupant(job_id=name, devices=held, output_dir=f"/{name}", user_id=user))
     most = st.none() | st.integers(1, 4)
-    return queue, running, devices(count), Limits(max_jobs=draw(most), max_devices=draw(most))
+    limits = Limits(
+        max_jobs=draw(most), max_devices=draw(most), max_jobs_per_user=draw(most), fair_share=draw(st.booleans())
+    )
+    return queue, running, devices(count), limits
 
 
 @given(situations())
@@ -64,6 +71,10 @@ def test_nothing_is_promised_twice(situation: tuple[list[Candidate], list[Occupa
     if starts:
         assert limits.max_jobs is None or len(running) + len(starts) <= limits.max_jobs
         assert limits.max_devices is None or len(held) <= limits.max_devices
+    for user in {by_id[start.job_id].user_id for start in starts}:
+        theirs = [occupant for occupant in running if occupant.user_id == user]
+        count = len(theirs) + sum(by_id[start.job_id].user_id == user for start in starts)
+        assert limits.max_jobs_per_user is None or count <= limits.max_jobs_per_user
     folders = [by_id[start.job_id].output_dir for start in starts] + [occupant.output_dir for occupant in running]
     assert len(folders) == len(set(folders))
     waits = [answer for answer in answers if isinstance(answer, Wait)]
@@ -103,7 +114,10 @@ def _start_time(
             started = next(candidate for candidate in queue if candidate.job_id == answer.job_id)
             queue.remove(started)
             active[started.job_id] = Occupant(
-                job_id=started.job_id, devices=answer.devices, output_dir=started.output_dir
+                job_id=started.job_id,
+                devices=answer.devices,
+                output_dir=started.output_dir,
+                user_id=started.user_id,
             )
             heapq.heappush(ends, _End(now + _lasts(started.job_id), started.job_id))
         if not ends:
@@ -117,6 +131,10 @@ def _lasts(name: str) -> int:
     return 1 + sum(name.encode()) * 7 % 11
 
 
+def _own_rule(answer: Start | Wait) -> bool:
+    return isinstance(answer, Wait) and answer.reason_code in {"user_limit", "output_dir_busy"}
+
+
 @given(situations())
 def test_the_head_is_never_delayed_by_who_comes_later(
     situation: tuple[list[Candidate], list[Occupant], list[Device], Limits],
@@ -126,6 +144,8 @@ def test_the_head_is_never_delayed_by_who_comes_later(
         return
     head, *others = queue
     head = replace(head, priority=50)
+    if _own_rule(plan([head], running, machine, limits, NOW)[0]):
+        return
     alone = _start_time(head, [], running, machine, limits)
     assert _start_time(head, others, running, machine, limits) == alone
 
@@ -153,8 +173,8 @@ def test_backfill_uses_what_the_head_does_not_need() -> None:
 
 def test_waiting_raises_priority_up_to_twenty() -> None:
     old = job("a", queued_at=NOW - timedelta(minutes=25))
-    assert effective_priority(old, NOW) == 12
-    assert effective_priority(replace(old, queued_at=NOW - timedelta(days=9)), NOW) == 30
+    assert effective_priority(10, old.queued_at, NOW) == 12
+    assert effective_priority(10, NOW - timedelta(days=9), NOW) == 30
 
 
 @given(situations(), st.data())
@@ -171,3 +191,86 @@ def test_a_paused_job_neither_starts_nor_stands_in_the_way(
         assert isinstance(answer, Wait) and answer.reason_code == "paused"
     starts = {answer.job_id: answer.devices for answer in without if isinstance(answer, Start)}
     assert {name: answer.devices for name, answer in answers.items() if isinstance(answer, Start)} == starts
+
+
+@given(situations())
+def test_all_that_can_run_at_all_run_in_the_end(
+    situation: tuple[list[Candidate], list[Occupant], list[Device], Limits],
+) -> None:
+    queue, running, machine, limits = situation
+    for candidate in queue:
+        fits = limits.max_devices is None or candidate.num_devices <= limits.max_devices
+        assert (
+            _start_time(candidate, [each for each in queue if each != candidate], running, machine, limits) >= 0
+        ) is fits
+
+
+def test_a_low_priority_is_not_starved_by_who_comes_later() -> None:
+    """One device, a job a minute, and each minute another of ten more comes."""
+    queue = [job("low", 0, priority=0)]
+    for minute in range(200):
+        now = NOW + timedelta(minutes=minute)
+        queue += [job(f"q{minute}-{each}", 2 * minute + each + 1, priority=10, queued_at=now) for each in range(2)]
+        [first] = [answer for answer in plan(queue, [], devices(1), Limits(), now) if isinstance(answer, Start)]
+        if first.job_id == "low":
+            break
+        queue = [candidate for candidate in queue if candidate.job_id != first.job_id]
+    assert 100 <= minute <= 199
+
+
+def test_ties_go_to_the_user_with_fewer_running() -> None:
+    running = [Occupant(job_id=f"r{at}", devices=(at,), user_id=user) for at, user in enumerate("aab")]
+    queue = [job(f"{user}{order}", order, user_id=user) for order, user in enumerate("aaabbc")]
+    answers = plan(queue, running, devices(9), Limits(max_jobs=None, fair_share=True), NOW)
+    # Running are a 2, b 1, c 0: c has 1, then b and c are even, and so on.
+    assert [answer.job_id for answer in answers] == ["c5", "b3", "a0", "b4", "a1", "a2"]
+    urgent = [replace(queue[2], priority=30), *queue]
+    assert plan(urgent, running, devices(9), Limits(max_jobs=None, fair_share=True), NOW)[0].job_id == "a2"
+    first = plan(queue, running, devices(9), Limits(max_jobs=None), NOW)
+    assert [answer.job_id for answer in first] == [candidate.job_id for candidate in queue]
+
+
+@pytest.mark.parametrize(
+    ("held", "code"),
+    [
+        ({"needs_approval": True}, "needs_approval"),
+        ({"target": "worker"}, "no_matching_worker"),
+        ({"num_devices": 2}, "gpu_limit"),
+        ({"preferred": (7,)}, "gpus_busy"),
+        ({"peak_bytes": 25 * 2**30}, "gpu_memory"),
+        ({"user_id": "busy"}, "user_limit"),
+    ],
+)
+def test_what_holds_one_job_holds_no_other(held: dict[str, object], code: str) -> None:
+    running = [Occupant(job_id="r", devices=(2,), user_id="busy")]
+    limits = Limits(max_jobs=2, max_devices=1 if code == "gpu_limit" else None, max_jobs_per_user=1)
+    running = [] if code == "gpu_limit" else running
+    answers = plan([job("held", 1, priority=50, **held), job("free", 2)], running, devices(3), limits, NOW)
+    by_id = {answer.job_id: answer for answer in answers}
+    assert by_id["free"] == Start("free", (0,))
+    waits = by_id["held"]
+    assert isinstance(waits, Wait) and (waits.reason_code, waits.position) == (code, 1)
+
+
+def test_memory_that_others_hold_is_not_promised() -> None:
+    free = {0: 2 * 10**9, 1: 20 * 10**9}
+    running = [Occupant(job_id="r", devices=(2,))]
+    queue = [
+        job("any", 1, peak_bytes=15 * 10**9),
+        job("first", 2, peak_bytes=15 * 10**9, preferred=(0,)),
+        job("small", 3, peak_bytes=10**9, preferred=(0,)),
+        job("two", 4, peak_bytes=15 * 10**9, num_devices=3),
+        job("unknown", 5),
+    ]
+    answers = {each.job_id: each for each in plan(queue, running, devices(3), Limits(max_jobs=None), NOW, free)}
+    assert answers["any"] == Start("any", (1,))
+    assert answers["small"] == Start("small", (0,))
+    reasons = {name: each.reason for name, each in answers.items() if isinstance(each, Wait)}
+    assert reasons == {
+        "first": "Needs 15.0 GB on GPU 0; 2.0 GB are free there.",
+        "two": "Needs 15.0 GB on 3 GPU(s); 2 have so much free, the most is 25.8 GB.",
+        "unknown": "Needs 1 GPU(s); 0 of 3 are free.",
+    }
+    busy = plan([job("later", 1, peak_bytes=15 * 10**9)], running, devices(3)[2:], Limits(max_jobs=None), NOW, {})
+    assert isinstance(busy[0], Wait) and busy[0].reason_code == "gpus_busy"
+    assert plan(queue[1:2], [], devices(3), Limits(), NOW, {0: 16 * 10**9}) == [Start("first", (0,))]

@@ -152,7 +152,7 @@ def test_a_start_has_the_priority_of_its_user(
     if given is None:
         assert "job.priority.high" in answer.json()["detail"]
     else:
-        assert world.core.job(answer.json()["job_id"]).priority == given
+        assert world.core.job(answer.json()["job_id"]).given_priority == given
 
 
 def test_a_logout_is_on_record_and_only_of_a_session(world: AccountWorld) -> None:

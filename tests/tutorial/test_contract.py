@@ -46,14 +46,23 @@ SAYS = {
     "898": r'"kontext-api-demo","pixart-api-demo".*true.*"already_exists".*\.backups.*"idle".*'
     r'"allocated_gpus","available_gpus","devices","running_local_jobs"',
     "915": r"equal",
+    "740": r'"allocated_gpus": \[\],\s+"available_gpus": \[\s+0\s+\],\s+"running_local_jobs": 0,\s+"devices"',
+    "762": r'"total_gpus": 1.*\n7\n',
+    "768": r'"status":"running","allocated_gpus":\[0\].*"status":"queued".*"queue_position":1.*"status":"rejected".*'
+    r'gpus_unavailable.*unknown_config.*\["my-config","my-training-config"\]',
+    "811": r'\{"local_gpu_max_concurrent":null,"local_job_max_concurrent":1\}.*"local_gpu_max_concurrent":6,'
+    r'"local_job_max_concurrent":2.*"local_gpu_max_concurrent":null,"local_job_max_concurrent":2.*invalid_field',
+    "830": r"queued.*exit 0.*rejected.*exit 4.*queued.*exit 0.*would be queued.*exit 3.*exit 9"
+    r".*would be running.*exit 0",
     "160": r'"success":true.*"admin".*false.*setup_done',
     "175": r'"success":true.*invalid_credentials.*"prefix":"st_\w{8}"',
     "190 with accounts": r'unauthenticated.*invalid_credentials.*"idle"',
-    "200": r'\["researcher"\].*already_exists.*true.*permission_denied.*in no file',
+    "200": r'\["researcher"\].*already_exists.*true.*permission_denied.*permission_denied.*in no file',
 }
 REFUSED = {
     ("190", 401), ("429", 409), ("429", 400), ("429", 403), ("160", 409), ("175", 401), ("190 with accounts", 401),
     ("200", 409), ("200", 403), ("263 without a run length", 422), ("+ the end of the first run", 400),
+    ("768", 409), ("768", 404), ("811", 422),
     ("458", 409), ("458", 422), ("585", 400), ("585", 404), ("898", 409),
 }  # fmt: skip
 PICTURES = """

@@ -29,6 +29,9 @@ SAYS = {
     "Stop, look, resume": r'"stopping".*"status": "stopped".*"is_complete": true.*"valid": true.*"status": "resumed".*'
     r'"status": "queued",\n  "status_reason": "Paused.*"success": true',
     "Cancel": r'"success": true.*"cancelled"',
+    "The queue": r'"devices".*"max_concurrent_jobs": 1.*\{"status":"running","allocated_gpus":\[0\],"dry_run":true\}'
+    r'.*exit 3.*exit 4.*blocked.*"reason_code":"needs_approval".*"local_gpu_max_concurrent":6.*'
+    r'"local_gpu_max_concurrent":null.*exit 9.*DEVICE',
     "6. An adapter for Flux Kontext": r'"algo": "lora".*"active": "kontext-demo".*adapter_comfyui\.safetensors',
     "Proofs": r"Equal, byte for byte",
     "9. A team": r'"has_admin": (true|false).*"admin".*"levels": \[\n +"admin".*"researcher".*user\.create',

@@ -45,6 +45,13 @@ def build_printer(*, as_json: bool) -> EventPrinter:
     return LivePrinter() if sys.stdout.isatty() else LinePrinter()
 
 
+class QuietPrinter(EventPrinter):
+    """Says what is said, and shows no events."""
+
+    def print(self, line: bytes) -> None:
+        return None
+
+
 class JsonPrinter(EventPrinter):
     """Each event as it stands in the journal."""
 

@@ -18,6 +18,16 @@ class ClientExit(IntEnum):
     UNREACHABLE = 6
 
 
+class JobExit(IntEnum):
+    """Of commands whose answer is what becomes of a job (api.md §6)."""
+
+    DONE = 0
+    WOULD_QUEUE = 3
+    REJECTED = 4
+    FAILED = 8
+    ENDED = 9
+
+
 class Refusal(UserError):
     """`client_exit` is what the shell is told, `body` what the server answered, None where it did not."""
 

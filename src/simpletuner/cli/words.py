@@ -43,18 +43,29 @@ def complete_stored(_context: CompletionContext) -> list[str]:
     return _environments_of_server()
 
 
+def complete_jobs(_context: CompletionContext) -> list[tuple[str, str]]:
+    """The newest, each with what it is."""
+    jobs = _ask_server("/api/jobs", "jobs")
+    return [(job["job_id"], f"{job['status']} {job['config_name'] or ''}".rstrip()) for job in jobs]
+
+
 def _environments_of_server() -> list[str]:
+    return [config["name"] for config in _ask_server("/api/configs", "configs")]
+
+
+def _ask_server(path: str, part: str) -> list[dict[str, Any]]:
+    """A list; empty where no server answers in time."""
     try:
         with Client(os.environ) as client:
-            answer = client.ask("GET", "/api/configs", params={"limit": 500}, timeout=COMPLETION_S)
+            return client.ask("GET", path, params={"limit": 500}, timeout=COMPLETION_S)[part]
     except Refusal:
         return []
-    return [config["name"] for config in answer["configs"]]
 
 
 OptionWord = Annotated[str, Parameter(allow_leading_hyphen=True, completer=complete_options)]
 LocalName = Annotated[str, Parameter(completer=complete_environments)]
 StoredName = Annotated[str, Parameter(completer=complete_stored)]
+JobId = Annotated[str, Parameter(completer=complete_jobs)]
 
 
 def form(words: Sequence[str]) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, P
 
 from simpletuner.config.budget import as_text
 from simpletuner.config.dataset_options import CaptionStrategy, ResolutionType
+from simpletuner.config.device_numbers import joined
 from simpletuner.config.option import OptionGroup, Ui
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -32,11 +33,17 @@ class RunOptions(OptionGroup):
     num_processes: Annotated[PositiveInt, Ui(tab="hardware", order=30)] = 1
     """Training processes, one per device."""
 
+    accelerate_visible_devices: Annotated[
+        Annotated[str, BeforeValidator(joined)] | None, Ui(tab="hardware", order=31)
+    ] = None
+    """Numbers of the devices that the run insists on, such as `0,1`; the first `num_processes` of them are used. Empty:
+    any that are free."""
+
     memory_budget: Annotated[Annotated[str, BeforeValidator(as_text)] | None, Ui(tab="hardware", order=29)] = None
     """`auto` (what is free at the start) or GB of 10⁹ bytes: the start chooses recomputation, encoding batches, a split
     of the batch with the same steps and, for adapters, an 8-bit base, as far as the run needs them to stay inside."""
 
-    accelerate_config: Annotated[str | None, Ui(tab="hardware", order=31, later=True, path=True)] = None
+    accelerate_config: Annotated[str | None, Ui(tab="hardware", order=32, later=True, path=True)] = None
     """Accelerate configuration file; only process, machine and rendezvous values are read."""
 
 

@@ -3,68 +3,105 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from simpletuner.errors import ExitCode
 from simpletuner.events import JobWaitingData
-from simpletuner.job import ACTIVE, ExitRecord, JobDir, JobStatus
+from simpletuner.job import ExitRecord, JobDir, JobStatus
+from simpletuner.jobs.device_memory import MemoryGauge
 from simpletuner.jobs.devices import Device
 from simpletuner.jobs.executor import Executor
 from simpletuner.jobs.scheduler import Candidate, Limits, Occupant, Start, Wait, plan
-from simpletuner.store.job_row import JobRow, Move, NewJob
-from simpletuner.store.settings import GPU_MAX_CONCURRENT, JOB_MAX_CONCURRENT
+from simpletuner.store.job_row import JobRow, Move, NewJob, Waiting
+from simpletuner.store.settings import FAIR_SHARE, GPU_MAX_CONCURRENT, JOB_MAX_CONCURRENT, USER_MAX_CONCURRENT
 from simpletuner.store.store import Store
+
+NEAR = 100
+"""Up to here every change of a position is told."""
+WAITING = (JobStatus.QUEUED, JobStatus.BLOCKED)
 
 
 class Placement:
-    def __init__(self, store: Store, executor: Executor, devices: Sequence[Device], jobs_root: Path) -> None:
+    """Without `gauge`, free memory is not asked for."""
+
+    def __init__(
+        self,
+        store: Store,
+        executor: Executor,
+        devices: Sequence[Device],
+        jobs_root: Path,
+        *,
+        gauge: MemoryGauge | None = None,
+    ) -> None:
         self._store = store
         self._executor = executor
         self.devices = tuple(devices)
         self.jobs_root = jobs_root
+        self._gauge = gauge
 
     def job_dir(self, job_id: str) -> JobDir:
         return JobDir(self.jobs_root / job_id)
 
     def limits(self) -> Limits:
-        settings = self._store.settings
-        return Limits(max_jobs=settings.get(JOB_MAX_CONCURRENT, 1), max_devices=settings.get(GPU_MAX_CONCURRENT))
+        settings = self._store.settings.all()
+        return Limits(
+            max_jobs=settings.get(JOB_MAX_CONCURRENT, 1),
+            max_devices=settings.get(GPU_MAX_CONCURRENT),
+            max_jobs_per_user=settings.get(USER_MAX_CONCURRENT),
+            fair_share=settings.get(FAIR_SHARE, False),
+        )
 
-    def plan(self, extra: NewJob | None = None) -> list[Start | Wait]:
-        """What would happen now, with `extra` at the end of the queue. Writes nothing."""
-        return self._plan(self._store.jobs.with_status([JobStatus.QUEUED]), extra)
+    def plan(self, extra: NewJob | None = None, *, without: Collection[str] = ()) -> list[Start | Wait]:
+        """What would happen now, with `extra` at the end of the queue, and the running jobs `without` gone.
+
+        Writes nothing.
+        """
+        now = datetime.now(UTC)
+        waiting, holding = self._store.jobs.queue()
+        queue = [_candidate(job) for job in waiting]
+        if extra is not None:
+            queue.append(_new_candidate(extra, 1 + max((job.position for job in waiting), default=0), now))
+        running = [
+            Occupant(
+                job_id=job.job_id,
+                devices=tuple(job.devices or ()),
+                output_dir=job.output_dir,
+                user_id=job.user_id or "",
+            )
+            for job in holding
+            if job.job_id not in without
+        ]
+        free_bytes: Mapping[int, int] = {}
+        if self._gauge is not None and any(job.peak_bytes is not None for job in queue):
+            free_bytes = self._gauge.free_bytes()
+        return plan(queue, running, self.devices, self.limits(), now, free_bytes)
 
     def waits(self) -> dict[str, Wait]:
         return {answer.job_id: answer for answer in self.plan() if isinstance(answer, Wait)}
 
-    def place(self) -> None:
-        """Start what can start, tell the others why they wait."""
-        queued = {job.job_id: job for job in self._store.jobs.with_status([JobStatus.QUEUED])}
-        waits: dict[str, JobWaitingData] = {}
-        for answer in self._plan(list(queued.values())):
-            job = queued[answer.job_id]
-            if isinstance(answer, Start):
+    def place(self) -> list[Start | Wait]:
+        """Start what can start, tell the others why they wait. Returns the plan that was carried out."""
+        answers = self.plan()
+        if not answers:
+            return answers
+        for answer in answers:
+            job = self._store.jobs.get(answer.job_id) if isinstance(answer, Start) else None
+            if isinstance(answer, Start) and job is not None:
                 self._start(job, answer.devices)
-                continue
-            wait = JobWaitingData(position=answer.position, reason=answer.reason, reason_code=answer.reason_code)
-            if job.wait != wait.model_dump():
-                waits[job.job_id] = wait
+        said = self._store.jobs.announced_waits()
+        waits = {
+            answer.job_id: JobWaitingData(
+                position=answer.position, reason=answer.reason, reason_code=answer.reason_code
+            )
+            for answer in answers
+            if isinstance(answer, Wait) and is_news(answer, said.get(answer.job_id))
+        }
         if waits:
             self._store.jobs.announce_waits(waits)
-
-    def _plan(self, queued: Sequence[JobRow], extra: NewJob | None = None) -> list[Start | Wait]:
-        now = datetime.now(UTC)
-        queue = [_candidate(job, job.position, _moment(job.queued_at, now), is_paused=job.paused) for job in queued]
-        if extra is not None:
-            order = 1 + max((job.position for job in queued), default=0)
-            queue.append(_candidate(extra, order, now))
-        running = [
-            Occupant(job_id=job.job_id, devices=job.devices or (), output_dir=job.output_dir)
-            for job in self._store.jobs.with_status(ACTIVE)
-        ]
-        return plan(queue, running, self.devices, self.limits(), now)
+        return answers
 
     def _start(self, job: JobRow, devices: tuple[int, ...]) -> None:
         folder = self.job_dir(job.job_id)
@@ -109,19 +146,44 @@ class Placement:
         return [folder.name for folder in strays]
 
 
-def _candidate(job: NewJob, order: int, queued_at: datetime, *, is_paused: bool = False) -> Candidate:
+def is_news(wait: Wait, said: Mapping[str, Any] | None) -> bool:
+    """Far back a position is told again when a tenth of it is gone: else each start would be news to thousands."""
+    if said is None or (said["reason"], said["reason_code"]) != (wait.reason, wait.reason_code):
+        return True
+    moved = abs(said["position"] - wait.position)
+    return moved > 0 and (wait.position <= NEAR or moved * 10 >= said["position"])
+
+
+def _candidate(job: Waiting) -> Candidate:
+    return Candidate(
+        job_id=job.job_id,
+        order=job.position,
+        queued_at=datetime.fromisoformat(job.queued_at),
+        priority=job.given_priority,
+        num_devices=job.num_devices,
+        preferred=tuple(job.preferred_devices),
+        any_gpu=job.any_gpu,
+        output_dir=job.output_dir,
+        user_id=job.user_id or "",
+        target=job.target,
+        peak_bytes=job.peak_bytes,
+        is_paused=job.paused,
+        needs_approval=job.status == JobStatus.BLOCKED,
+    )
+
+
+def _new_candidate(job: NewJob, order: int, now: datetime) -> Candidate:
     return Candidate(
         job_id=job.job_id,
         order=order,
-        queued_at=queued_at,
-        priority=job.priority,
+        queued_at=now,
+        priority=job.given_priority,
         num_devices=job.num_devices,
         preferred=job.preferred_devices,
         any_gpu=job.any_gpu,
         output_dir=job.output_dir,
-        is_paused=is_paused,
+        user_id=job.user_id or "",
+        target=job.target,
+        peak_bytes=job.peak_bytes,
+        needs_approval=job.requires_approval,
     )
-
-
-def _moment(timestamp: str | None, default: datetime) -> datetime:
-    return datetime.fromisoformat(timestamp) if timestamp else default

@@ -1,23 +1,42 @@
-"""Who starts now, on what, and why everybody else waits (api.md §4, queue). Pure: no clock, no database."""
+"""Who starts now, on what, and why everybody else waits (api.md §4, queue). Pure: no clock, no database.
+
+A plan takes about n log n for n jobs: whatever does not change from job to job is counted once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from heapq import heapify, heappop, heappush
+from itertools import groupby
 from typing import Literal
 
 from simpletuner.jobs.devices import Device
 
 AGEING_STEP_S = 600.0
 AGEING_MOST = 20
+WORKER = "worker"
 
-ReasonCode = Literal["gpus_busy", "gpu_limit", "job_limit", "output_dir_busy", "behind_head", "paused"]
+ReasonCode = Literal[
+    "gpus_busy",
+    "gpu_memory",
+    "gpu_limit",
+    "job_limit",
+    "user_limit",
+    "output_dir_busy",
+    "behind_head",
+    "no_matching_worker",
+    "needs_approval",
+    "paused",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A queued job. `order` is its place in time, unique."""
+    """A job that waits. `order` is its place in time, unique."""
 
     job_id: str
     order: int
@@ -27,8 +46,14 @@ class Candidate:
     preferred: tuple[int, ...] = ()
     any_gpu: bool = False
     output_dir: str = ""
+    user_id: str = ""
+    target: str = "auto"
+    peak_bytes: int | None = None
+    """What it will need of each device; None where nobody knows."""
     is_paused: bool = False
     """It waits for nobody and stands in nobody's way."""
+    needs_approval: bool = False
+    """As `is_paused`."""
 
     @property
     def wanted(self) -> tuple[int, ...]:
@@ -45,14 +70,17 @@ class Occupant:
     job_id: str
     devices: tuple[int, ...]
     output_dir: str = ""
+    user_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """None is unlimited."""
+    """None is unlimited. `fair_share`: of equal priorities, first who has fewer jobs running."""
 
     max_jobs: int | None = 1
     max_devices: int | None = None
+    max_jobs_per_user: int | None = None
+    fair_share: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +97,28 @@ class Wait:
     reason_code: ReasonCode
 
 
-def effective_priority(candidate: Candidate, now: datetime) -> int:
+def effective_priority(priority: int, queued_at: datetime, now: datetime) -> int:
     """One more for each ten minutes waited, at most twenty."""
-    waited_s = max(0.0, (now - candidate.queued_at).total_seconds())
-    return candidate.priority + min(AGEING_MOST, int(waited_s // AGEING_STEP_S))
+    steps = int((now - queued_at).total_seconds() // AGEING_STEP_S)
+    return priority + max(0, min(AGEING_MOST, steps))
 
 
 def plan(
-    queue: Sequence[Candidate], running: Sequence[Occupant], devices: Sequence[Device], limits: Limits, now: datetime
+    queue: Sequence[Candidate],
+    running: Sequence[Occupant],
+    devices: Sequence[Device],
+    limits: Limits,
+    now: datetime,
+    free_bytes: Mapping[int, int] | None = None,
 ) -> list[Start | Wait]:
-    """One answer for each of `queue`, in the order in which they are served."""
-    board = _Board(running, devices, limits)
-    ordered = sorted(queue, key=lambda job: (-effective_priority(job, now), job.order))
+    """One answer for each of `queue`, in the order in which they are served.
+
+    `free_bytes`: memory that is free on each device which no job of ours holds, where that is known.
+    """
+    board = _Board(running, devices, limits, free_bytes or {})
     answers: list[Start | Wait] = []
     position = 0
-    for job in ordered:
+    for job in _served(queue, board.running_of, now, fair_share=limits.fair_share):
         answer = board.place(job)
         if isinstance(answer, Start):
             answers.append(answer)
@@ -94,30 +129,66 @@ def plan(
     return answers
 
 
+def _served(
+    queue: Sequence[Candidate], running_of: Counter[str], now: datetime, *, fair_share: bool
+) -> Iterator[Candidate]:
+    """By priority, then by age or share; those that a person holds back come last.
+
+    `running_of` may grow while this is read.
+    """
+    ranked = [
+        (job.is_paused or job.needs_approval, -effective_priority(job.priority, job.queued_at, now), job.order, job)
+        for job in queue
+    ]
+    # The third is unique: jobs are never compared.
+    ranked.sort()
+    if not fair_share:
+        yield from (row[3] for row in ranked)
+        return
+    for _, tied in groupby(ranked, key=lambda row: row[:2]):
+        yield from _shared_fairly([row[3] for row in tied], running_of)
+
+
+def _shared_fairly(tied: Sequence[Candidate], running_of: Counter[str]) -> Iterator[Candidate]:
+    lines: dict[str, list[Candidate]] = {}
+    for job in reversed(tied):
+        lines.setdefault(job.user_id, []).append(job)
+    heap = [(running_of[user], line[-1].order, user) for user, line in lines.items()]
+    heapify(heap)
+    while heap:
+        count, _, user = heappop(heap)
+        if count == running_of[user]:
+            yield lines[user].pop()
+        if lines[user]:
+            heappush(heap, (running_of[user], lines[user][-1].order, user))
+
+
 _Refusal = tuple[ReasonCode, str]
 
 
 class _Board:
     """The machine while a plan is made: what is used, and what the head has reserved."""
 
-    def __init__(self, running: Sequence[Occupant], devices: Sequence[Device], limits: Limits) -> None:
-        self._running = list(running)
+    def __init__(
+        self, running: Sequence[Occupant], devices: Sequence[Device], limits: Limits, free_bytes: Mapping[int, int]
+    ) -> None:
+        self._running = {job.job_id: job for job in running}
+        self.running_of = Counter(job.user_id for job in running)
         self._indices = sorted(device.index for device in devices)
+        self._existing = frozenset(self._indices)
         self._noun = "slot" if all(device.kind == "cpu" for device in devices) else "GPU"
         self._limits = limits
         self._holder = {index: job.job_id for job in running for index in job.devices}
         self._output_dirs = {job.output_dir: job.job_id for job in running if job.output_dir}
-        self._head: Candidate | None = None
-        self._head_waits_for_limit = False
-        self._reserved: frozenset[int] = frozenset()
+        self._free = [index for index in self._indices if index not in self._holder]
+        self._memory = _Memory(devices, frozenset(self._free), free_bytes)
+        self._head: _Head | None = None
 
     def place(self, job: Candidate) -> Start | _Refusal:
-        if job.is_paused:
-            return "paused", "Paused, until it is resumed."
-        holder = self._output_dirs.get(job.output_dir)
-        if holder is not None:
-            return "output_dir_busy", f"Output folder {job.output_dir} is used by job {holder}."
-        refusal = self._backfill_refusal(job) if self._head else self._limit_refusal(job)
+        held = self._own_rule(job)
+        if held is not None:
+            return held
+        refusal = self._backfill_refusal(job, self._head) if self._head else self._limit_refusal(job)
         if refusal is None:
             chosen = self._choose(job)
             if chosen is not None:
@@ -131,74 +202,162 @@ class _Board:
             self._become_head(job, refusal)
         return refusal
 
+    def _own_rule(self, job: Candidate) -> _Refusal | None:
+        """What holds this job alone: it is not the head, and nobody waits for it."""
+        if job.needs_approval:
+            return "needs_approval", "Waits for somebody's approval."
+        if job.is_paused:
+            return "paused", "Paused, until it is resumed."
+        if job.target == WORKER:
+            return "no_matching_worker", "Needs a worker; none is registered."
+        if job.output_dir in self._output_dirs:
+            holder = self._output_dirs[job.output_dir]
+            return "output_dir_busy", f"Output folder {job.output_dir} is used by job {holder}."
+        most = self._limits.max_jobs_per_user
+        if most is not None and self.running_of[job.user_id] >= most:
+            return "user_limit", f"{self.running_of[job.user_id]} of at most {most} jobs of this user are running."
+        if job.preferred and not self._existing.issuperset(job.wanted):
+            missing = next(index for index in job.wanted if index not in self._existing)
+            return "gpus_busy", f"Needs {self._noun} {missing}, which does not exist here."
+        most_devices = self._limits.max_devices
+        if most_devices is not None and job.num_devices > most_devices:
+            return "gpu_limit", f"Needs {self._count(job.num_devices)}; at most {most_devices} may be in use."
+        return None if job.peak_bytes is None else self._memory_refusal(job, job.peak_bytes)
+
+    def _memory_refusal(self, job: Candidate, peak: int) -> _Refusal | None:
+        """Of memory that no job of ours will give back."""
+        needs = f"Needs {peak / 1e9:.1f} GB"
+        for index in job.wanted:
+            room = self._memory.room(index)
+            if room is not None and room < peak:
+                return "gpu_memory", f"{needs} on {self._noun} {index}; {room / 1e9:.1f} GB are free there."
+        num_roomy = self._memory.num_with(peak)
+        if not job.wanted and num_roomy < job.num_devices:
+            most = self._memory.largest / 1e9
+            told = f"{num_roomy} have so much free, the most is {most:.1f} GB"
+            return "gpu_memory", f"{needs} on {self._count(job.num_devices)}; {told}."
+        return None
+
     def _limit_refusal(self, job: Candidate) -> _Refusal | None:
         most_jobs, most_devices = self._limits.max_jobs, self._limits.max_devices
         if most_jobs is not None and len(self._running) + 1 > most_jobs:
             return "job_limit", f"{len(self._running)} of at most {most_jobs} local jobs are running."
         used = len(self._holder)
         if most_devices is not None and used + job.num_devices > most_devices:
-            return (
-                "gpu_limit",
-                f"Needs {job.num_devices} {self._noun}(s); {used} of at most {most_devices} are in use.",
-            )
+            return "gpu_limit", f"Needs {self._count(job.num_devices)}; {used} of at most {most_devices} are in use."
         return None
 
-    def _backfill_refusal(self, job: Candidate) -> _Refusal | None:
+    def _backfill_refusal(self, job: Candidate, head: _Head) -> _Refusal | None:
         """A later job may run only where it cannot delay the head."""
-        head = self._head
-        if head is None:
-            return None
-        behind: _Refusal = ("behind_head", f"Waits behind job {head.job_id}, which is next.")
-        if self._head_waits_for_limit or self._limit_refusal(job) is not None:
-            return behind
-        chosen = self._choose(job)
-        if chosen is None or self._reserved.intersection(chosen):
-            return behind
+        if head.waits_for_limit or not self._free:
+            return head.behind
+        if self._limit_refusal(job) is not None or self._choose(job) is None:
+            return head.behind
         # When the head's devices come free, those who hold them now are gone.
-        leaving = {self._holder[index] for index in self._reserved if index in self._holder}
-        freed = sum(1 for holder in self._holder.values() if holder in leaving)
-        jobs_then = len(self._running) + 1 - len(leaving) + 1
-        devices_then = len(self._holder) + job.num_devices - freed + head.num_devices
-        if self._limits.max_jobs is not None and jobs_then > self._limits.max_jobs:
-            return behind
-        if self._limits.max_devices is not None and devices_then > self._limits.max_devices:
-            return behind
+        limits = self._limits
+        jobs_then = len(self._running) + 1 - head.num_leaving + 1
+        devices_then = len(self._holder) + job.num_devices - head.num_freed + head.job.num_devices
+        if limits.max_jobs is not None and jobs_then > limits.max_jobs:
+            return head.behind
+        if limits.max_devices is not None and devices_then > limits.max_devices:
+            return head.behind
+        if limits.max_jobs_per_user is not None and job.user_id == head.job.user_id:
+            theirs_then = self.running_of[job.user_id] + 1 - head.num_leaving_of_user + 1
+            if theirs_then > limits.max_jobs_per_user:
+                return head.behind
         return None
-
-    def _free(self) -> list[int]:
-        return [index for index in self._indices if index not in self._holder and index not in self._reserved]
 
     def _choose(self, job: Candidate) -> tuple[int, ...] | None:
-        free = self._free()
+        if len(self._free) < job.num_devices:
+            return None
         if job.wanted:
-            return job.wanted if set(job.wanted) <= set(free) else None
-        return tuple(free[: job.num_devices]) if len(free) >= job.num_devices else None
+            return job.wanted if all(map(self._is_free, job.wanted)) else None
+        fitting = self._memory.fitting(self._free, job.peak_bytes)
+        return tuple(fitting[: job.num_devices]) if len(fitting) >= job.num_devices else None
+
+    def _is_free(self, index: int) -> bool:
+        at = bisect_left(self._free, index)
+        return at < len(self._free) and self._free[at] == index
 
     def _take(self, job: Candidate, chosen: tuple[int, ...]) -> None:
-        occupant = Occupant(job_id=job.job_id, devices=chosen, output_dir=job.output_dir)
-        self._running.append(occupant)
+        self._running[job.job_id] = Occupant(
+            job_id=job.job_id, devices=chosen, output_dir=job.output_dir, user_id=job.user_id
+        )
+        self.running_of[job.user_id] += 1
         self._holder |= dict.fromkeys(chosen, job.job_id)
+        for index in chosen:
+            del self._free[bisect_left(self._free, index)]
         if job.output_dir:
             self._output_dirs[job.output_dir] = job.job_id
 
     def _become_head(self, job: Candidate, refusal: _Refusal) -> None:
-        self._head = job
-        self._head_waits_for_limit = refusal[0] in {"job_limit", "gpu_limit"}
-        if job.wanted:
-            self._reserved = frozenset(job.wanted)
-        else:
-            free_first = self._free() + [index for index in self._indices if index in self._holder]
-            self._reserved = frozenset(free_first[: job.num_devices])
+        fitting = self._memory.fitting(self._free, job.peak_bytes)
+        held = self._memory.fitting([index for index in self._indices if index in self._holder], job.peak_bytes)
+        reserved = frozenset(job.wanted or [*fitting, *held][: job.num_devices])
+        leaving = {self._holder[index] for index in reserved if index in self._holder}
+        self._head = _Head(
+            job=job,
+            waits_for_limit=refusal[0] in {"job_limit", "gpu_limit"},
+            behind=("behind_head", f"Waits behind job {job.job_id}, which is next."),
+            num_leaving=len(leaving),
+            num_freed=sum(len(self._running[name].devices) for name in leaving),
+            num_leaving_of_user=sum(self._running[name].user_id == job.user_id for name in leaving),
+        )
+        self._free = [index for index in self._free if index not in reserved]
+
+    def _count(self, number: int) -> str:
+        return f"{number} {self._noun}(s)"
 
     def _busy_reason(self, job: Candidate) -> str:
         if not job.wanted:
-            free = len(self._free())
-            return f"Needs {job.num_devices} {self._noun}(s); {free} of {len(self._indices)} are free."
+            free = len(self._memory.fitting(self._free, job.peak_bytes))
+            return f"Needs {self._count(job.num_devices)}; {free} of {len(self._indices)} are free."
         names = ",".join(str(index) for index in job.wanted)
         busy = [
             f"{self._noun} {index} is used by job {self._holder[index]}"
             for index in job.wanted
             if index in self._holder
         ]
-        missing = [f"{self._noun} {index} does not exist" for index in job.wanted if index not in self._indices]
-        return f"Needs {self._noun} {names}; {'; '.join(busy + missing)}"
+        return f"Needs {self._noun} {names}; {'; '.join(busy)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Head:
+    """The first that waits for what others hold: `num_leaving` jobs hold what it reserved and give `num_freed` back."""
+
+    job: Candidate
+    waits_for_limit: bool
+    behind: _Refusal
+    num_leaving: int
+    num_freed: int
+    num_leaving_of_user: int
+
+
+class _Memory:
+    """Room on each device: what is free where no job of ours runs, else all of it, as the job will give it back."""
+
+    def __init__(self, devices: Sequence[Device], unleased: frozenset[int], free_bytes: Mapping[int, int]) -> None:
+        self._room: dict[int, int] = {}
+        for device in devices:
+            if device.index in unleased and device.index in free_bytes:
+                self._room[device.index] = free_bytes[device.index]
+            elif device.memory_gb and device.kind != "cpu":
+                self._room[device.index] = round(device.memory_gb * 2**30)
+        self._num_unknown = len(devices) - len(self._room)
+        self._sorted = sorted(self._room.values())
+
+    def room(self, index: int) -> int | None:
+        return self._room.get(index)
+
+    @property
+    def largest(self) -> int:
+        return self._sorted[-1] if self._sorted else 0
+
+    def num_with(self, peak_bytes: int) -> int:
+        """Devices of unknown memory are taken to have it."""
+        return self._num_unknown + len(self._sorted) - bisect_left(self._sorted, peak_bytes)
+
+    def fitting(self, indices: list[int], peak_bytes: int | None) -> list[int]:
+        if peak_bytes is None or not self._room or self._sorted[0] >= peak_bytes:
+            return indices
+        return [index for index in indices if self._room.get(index, peak_bytes) >= peak_bytes]

@@ -9,9 +9,9 @@ from typing import Any
 
 from simpletuner.config.webhook import frozen_endpoints
 from simpletuner.errors import ExitCode, UserError
-from simpletuner.job import JobDir, JobSpec, new_job_id
+from simpletuner.job import JobDir, JobSpec, JobStatus, new_job_id
 from simpletuner.jobs.placement import Placement
-from simpletuner.jobs.scheduler import Wait
+from simpletuner.jobs.scheduler import WORKER, Start, Wait
 from simpletuner.jobs.supervisor import Supervisor
 from simpletuner.store.job_row import Claim, JobRow, NewJob
 from simpletuner.store.store import Store
@@ -32,6 +32,13 @@ class Submission:
     any_gpu: bool = False
     no_wait: bool = False
     priority: int = 10
+    priority_override: int | None = None
+    target: str = "auto"
+    worker_labels: dict[str, str] | None = None
+    for_approval: bool = False
+    max_attempts: int = 1
+    retry_of: str | None = None
+    peak_bytes: int | None = None
     config_name: str | None = None
     user_id: str | None = None
     stop_grace_s: float = 600.0
@@ -47,17 +54,36 @@ class Submitted:
     wait: Wait | None
 
 
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """It is not accepted: `error` says so in a word or two, `reason` in a sentence."""
+
+    error: str
+    reason: str
+    hint: str
+
+
+class GpusUnavailable(UserError):
+    """`refused` for those who answer with more than an error (api.md §8.6)."""
+
+    def __init__(self, refused: Refused) -> None:
+        reason = refused.reason[0].lower() + refused.reason[1:].rstrip(".")
+        super().__init__("gpus_unavailable", f"Rejected: {reason}.", hint=refused.hint, exit_code=ExitCode.OUTSIDE)
+        self.refused = refused
+
+
 def submit(
     submission: Submission, *, store: Store, supervisor: Supervisor, before_accept: Callable[[], None] | None = None
 ) -> Submitted:
     """Accept `submission`; in this order: its folder, its webhooks, `before_accept` (the environment's file), its row.
 
-    A crash in between leaves a folder without a row, which the next server removes with the webhooks. Raises UserError
-    `gpus_unavailable`, with nothing written, when it can never run here or must not wait and would.
+    A crash in between leaves a folder without a row, which the next server removes with the webhooks. Raises
+    GpusUnavailable, with nothing written, when it can never run here or must not wait and would.
     """
     new = _new_job(submission)
     with supervisor.exclusive() as placement:
-        _check_places(submission, new, placement)
+        if isinstance(refused := _foresee(submission, new, placement, only_refusal=True), Refused):
+            raise GpusUnavailable(refused)
         folder = _freeze(submission, placement)
         try:
             store.webhooks.register(new.job_id, *frozen_endpoints(submission.config))
@@ -68,13 +94,50 @@ def submit(
             store.webhooks.forget(new.job_id)
             shutil.rmtree(folder.root)
             raise
-        placement.place()
+        answers = placement.place()
         job = store.jobs.get(new.job_id)
         if job is None:
             raise LookupError(f"job {new.job_id} vanished while it was placed")
-        wait = placement.waits().get(new.job_id)
+        wait = next((each for each in answers if each.job_id == new.job_id and isinstance(each, Wait)), None)
+        if wait is None and job.status is JobStatus.QUEUED:
+            # Its devices were leased by somebody else meanwhile.
+            wait = placement.waits().get(new.job_id)
     supervisor.wake()
     return Submitted(job, wait)
+
+
+def foresee(submission: Submission, *, supervisor: Supervisor) -> Start | Wait | Refused:
+    """What `submit` would come to now. Writes nothing."""
+    with supervisor.exclusive() as placement:
+        answer = _foresee(submission, _new_job(submission), placement)
+    if answer is None:
+        raise LookupError("the plan has no answer for the job that it was asked about")
+    return answer
+
+
+def _foresee(
+    submission: Submission, new: NewJob, placement: Placement, *, only_refusal: bool = False
+) -> Start | Wait | Refused | None:
+    """With `only_refusal`, nothing is planned for a job that will wait if it has to."""
+    most = len(placement.devices)
+    if new.num_devices > most and new.target != WORKER:
+        noun = "slots" if all(device.kind == "cpu" for device in placement.devices) else "GPUs"
+        reason = f"Needs {new.num_devices} {noun}; the largest machine has {most}."
+        return Refused(f"Not enough {noun}", reason, "Lower num_processes.")
+    if only_refusal and not submission.no_wait:
+        return None
+    answer = next((each for each in placement.plan(new) if each.job_id == new.job_id), None)
+    if submission.no_wait and isinstance(answer, Wait):
+        return Refused(_NO_ROOM.get(answer.reason_code, "Would wait"), answer.reason, "Leave no_wait out to queue it.")
+    return answer
+
+
+_NO_ROOM = {
+    "gpus_busy": "No free GPU",
+    "behind_head": "No free GPU",
+    "gpu_memory": "No GPU with enough free memory",
+    "no_matching_worker": "No worker",
+}
 
 
 def _new_job(submission: Submission) -> NewJob:
@@ -85,22 +148,16 @@ def _new_job(submission: Submission) -> NewJob:
         preferred_devices=submission.preferred_devices,
         any_gpu=submission.any_gpu,
         priority=submission.priority,
+        priority_override=submission.priority_override,
+        target=submission.target,
+        worker_labels=submission.worker_labels,
+        requires_approval=submission.for_approval,
+        max_attempts=submission.max_attempts,
+        retry_of=submission.retry_of,
+        peak_bytes=submission.peak_bytes,
         config_name=submission.config_name,
         user_id=submission.user_id,
     )
-
-
-def _check_places(submission: Submission, new: NewJob, placement: Placement) -> None:
-    most = len(placement.devices)
-    if new.num_devices > most:
-        message = f"Rejected: needs {new.num_devices} devices; the largest machine has {most}."
-        raise UserError("gpus_unavailable", message, hint="Lower num_processes.", exit_code=ExitCode.OUTSIDE)
-    if not submission.no_wait:
-        return
-    for answer in placement.plan(new):
-        if isinstance(answer, Wait) and answer.job_id == new.job_id:
-            hint = "Leave no_wait out to queue it."
-            raise UserError("gpus_unavailable", f"Rejected: {answer.reason}", hint=hint, exit_code=ExitCode.OUTSIDE)
 
 
 def _freeze(submission: Submission, placement: Placement) -> JobDir:

@@ -33,6 +33,7 @@ from simpletuner.server.routes import (
     logs,
     lycoris,
     metrics,
+    queue,
     registration,
     system,
     training,
@@ -112,6 +113,7 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(events.router)
     app.include_router(system.router)
     app.include_router(metrics.router)
+    app.include_router(queue.router)
     app.include_router(training.router)
     app.include_router(training_control.router)
     app.include_router(uploads.router)

@@ -15,6 +15,7 @@ from simpletuner.config.environments import Environments, to_json
 from simpletuner.errors import UserError
 from simpletuner.events import AnyData, Event, EventType, utc_now
 from simpletuner.job import write_atomic
+from simpletuner.jobs.device_memory import MemoryGauge
 from simpletuner.jobs.devices import read_inventory
 from simpletuner.jobs.executor import LocalExecutor
 from simpletuner.jobs.feed import Feed
@@ -74,7 +75,8 @@ class Core:
         )
         devices = read_inventory(settings.devices, environ)
         executor = LocalExecutor(environ, num_slots=len(devices))
-        placement = Placement(store, executor, devices, settings.jobs_root)
+        gauge = None if settings.devices.strip().startswith("[") else MemoryGauge(devices)
+        placement = Placement(store, executor, devices, settings.jobs_root, gauge=gauge)
         placement.remove_strays()
         feed = Feed()
         supervisor = Supervisor(store, executor, placement, feed)

@@ -27,7 +27,8 @@ STATUS_OF: Mapping[str, int] = {
         404: "not_found unknown_config unknown_job unknown_worker",
         405: "method_not_allowed",
         409: "already_exists setup_done gpus_unavailable environment_active job_not_stepping job_not_running "
-        "job_not_terminal ambiguous_job stale_lease offset_mismatch version_mismatch in_flight last_admin",
+        "job_not_waiting job_not_terminal ambiguous_job stale_lease offset_mismatch version_mismatch in_flight "
+        "last_admin",
         412: "etag_mismatch",
         413: "body_too_large",
         415: "unsupported_media_type",

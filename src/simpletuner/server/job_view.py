@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from simpletuner.events import EventType
+from simpletuner.jobs.placement import WAITING
 from simpletuner.server.core import Core
 from simpletuner.store.job_row import JobRow
 
@@ -66,7 +67,7 @@ class JobView(BaseModel):
 
 def show_jobs(core: Core, rows: Sequence[JobRow]) -> list[JobView]:
     progress = show_progress(core, rows)
-    waits = core.placement.waits() if any(row.status == "queued" for row in rows) else {}
+    waits = core.placement.waits() if any(row.status in WAITING for row in rows) else {}
     return [
         JobView(
             job_id=row.job_id,
@@ -85,7 +86,7 @@ def show_jobs(core: Core, rows: Sequence[JobRow]) -> list[JobView]:
             retry_of=row.retry_of,
             allocated_gpus=None if row.devices is None else list(row.devices),
             queue_position=waits[row.job_id].position if row.job_id in waits else None,
-            priority=row.priority,
+            priority=row.given_priority,
             progress=progress.get(row.job_id),
             exit=None if row.exit is None else ExitView.model_validate(row.exit),
             output_dir=row.output_dir,

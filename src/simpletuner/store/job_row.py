@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from simpletuner.job import JobStatus
 
@@ -23,6 +23,15 @@ class NewJob:
     user_id: str | None = None
     max_attempts: int = 1
     retry_of: str | None = None
+    priority_override: int | None = None
+    requires_approval: bool = False
+    worker_labels: dict[str, str] | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def given_priority(self) -> int:
+        """Before ageing: the override, else what follows the user's level."""
+        return self.priority if self.priority_override is None else self.priority_override
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +50,33 @@ class JobRow(NewJob):
     exit: dict[str, Any] | None = None
     wait: dict[str, Any] | None = None
     paused: bool = False
+
+
+class Waiting(NamedTuple):
+    """What the planner asks of a job that waits: thousands of them are read each second."""
+
+    job_id: str
+    position: int
+    status: JobStatus
+    queued_at: str
+    given_priority: int
+    num_devices: int
+    preferred_devices: list[int]
+    any_gpu: bool
+    output_dir: str
+    user_id: str | None
+    target: str
+    peak_bytes: int | None
+    paused: bool
+
+
+class Holding(NamedTuple):
+    """What the planner asks of a job that runs."""
+
+    job_id: str
+    devices: list[int] | None
+    output_dir: str
+    user_id: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, delete, func, insert, select, true, update
+from sqlalchemy import Connection, Row, Select, bindparam, delete, func, insert, select, true, update
 from sqlalchemy.exc import IntegrityError
 
 from simpletuner.events import Event, EventType, JobStatusData, JobWaitingData, Severity, utc_now
 from simpletuner.job import ACTIVE, TRANSITIONS, JobStatus
 from simpletuner.store.claims import put_claim
 from simpletuner.store.database import Database
-from simpletuner.store.job_row import Claim, JobPage, JobQuery, JobRow, Move, NewJob
-from simpletuner.store.outbox import put_event
+from simpletuner.store.job_row import Claim, Holding, JobPage, JobQuery, JobRow, Move, NewJob, Waiting
+from simpletuner.store.outbox import put_event, put_events
 from simpletuner.store.schema import device_leases, jobs
 
 LOCAL = "local"
+_WAITING = (JobStatus.QUEUED, JobStatus.BLOCKED)
+_WAITING_COLUMNS = (
+    jobs.c.job_id, jobs.c.position, jobs.c.status, func.coalesce(jobs.c.queued_at, jobs.c.created_at),
+    func.coalesce(jobs.c.priority_override, jobs.c.priority), jobs.c.num_devices, jobs.c.preferred_devices,
+    jobs.c.any_gpu, jobs.c.output_dir, jobs.c.user_id, jobs.c.target, jobs.c.peak_bytes, jobs.c.paused,
+)  # fmt: skip
+_HOLDING_COLUMNS = (jobs.c.job_id, jobs.c.devices, jobs.c.output_dir, jobs.c.user_id)
 
 
 class JobStore:
@@ -25,15 +33,16 @@ class JobStore:
         self._database = database
 
     def insert(self, job: NewJob, *, claim: Claim | None = None) -> JobRow:
-        """Accept `job` as queued, with its event and its idempotency key, in one transaction.
+        """Accept `job`, with its event and its idempotency key, in one transaction: queued, or blocked until approved.
 
         Raises IntegrityError when the key was claimed meanwhile.
         """
         now = utc_now()
+        status = JobStatus.BLOCKED if job.requires_approval else JobStatus.QUEUED
         with self._database.write() as connection:
             values: dict[str, Any] = asdict(job) | {
                 "preferred_devices": list(job.preferred_devices),
-                "status": JobStatus.QUEUED,
+                "status": status,
                 "forced": False,
                 "attempt": 1,
                 "created_at": now,
@@ -42,8 +51,9 @@ class JobStore:
             connection.execute(insert(jobs).values(values))
             if claim is not None:
                 put_claim(connection, claim, job_id=job.job_id, created_at=now)
-            data = JobStatusData.model_validate({"from": None, "to": JobStatus.QUEUED})
-            put_event(connection, Event(type=EventType.JOB_STATUS, job_id=job.job_id, data=data, message="Queued"))
+            data = JobStatusData.model_validate({"from": None, "to": status})
+            message = "Waits for approval" if job.requires_approval else "Queued"
+            put_event(connection, Event(type=EventType.JOB_STATUS, job_id=job.job_id, data=data, message=message))
             return _row(connection.execute(select(jobs).where(jobs.c.job_id == job.job_id)).one())
 
     def move(self, move: Move) -> bool:
@@ -75,18 +85,50 @@ class JobStore:
         with self._database.write() as connection:
             connection.execute(update(jobs).where(jobs.c.job_id == job_id).values(paused=paused))
 
-    def announce_waits(self, waits: Mapping[str, JobWaitingData]) -> None:
-        """Remember why queued jobs wait, with an event for each, in one transaction. Give only what changed."""
+    def set_priority(self, job_id: str, override: int | None) -> bool:
+        """Of a job that waits; None gives it back to its user's level. False when it does not wait any more."""
+        waiting = jobs.c.status.in_(_WAITING)
         with self._database.write() as connection:
-            for job_id, wait in waits.items():
-                noted = connection.execute(
-                    update(jobs)
-                    .where(jobs.c.job_id == job_id, jobs.c.status == JobStatus.QUEUED)
-                    .values(wait=wait.model_dump())
-                )
-                if noted.rowcount:
-                    event = Event(type=EventType.JOB_WAITING, job_id=job_id, data=wait, message=wait.reason)
-                    put_event(connection, event)
+            changed = connection.execute(
+                update(jobs).where(jobs.c.job_id == job_id, waiting).values(priority_override=override)
+            )
+        return changed.rowcount > 0
+
+    def announce_waits(self, waits: Mapping[str, JobWaitingData]) -> None:
+        """Remember why jobs wait, with an event for each, in one transaction. Give only what changed."""
+        with self._database.write() as connection:
+            waiting = set(connection.scalars(select(jobs.c.job_id).where(jobs.c.status.in_(_WAITING))))
+            told = {job_id: wait for job_id, wait in waits.items() if job_id in waiting}
+            if not told:
+                return
+            connection.execute(
+                update(jobs).where(jobs.c.job_id == bindparam("of_job")).values(wait=bindparam("said")),
+                [{"of_job": job_id, "said": wait.model_dump()} for job_id, wait in told.items()],
+            )
+            put_events(
+                connection,
+                [
+                    Event(type=EventType.JOB_WAITING, job_id=job_id, data=wait, message=wait.reason)
+                    for job_id, wait in told.items()
+                ],
+            )
+
+    def announced_waits(self) -> dict[str, dict[str, Any] | None]:
+        """What was last said to those that wait."""
+        with self._database.read() as connection:
+            rows = connection.execute(select(jobs.c.job_id, jobs.c.wait).where(jobs.c.status.in_(_WAITING))).all()
+        return {row[0]: row[1] for row in rows}
+
+    def queue(self) -> tuple[list[Waiting], list[Holding]]:
+        """Those that wait and those that run, of one moment, in order of creation."""
+        with self._database.read() as connection:
+            waiting = connection.execute(
+                select(*_WAITING_COLUMNS).where(jobs.c.status.in_(_WAITING)).order_by(jobs.c.position)
+            ).all()
+            holding = connection.execute(
+                select(*_HOLDING_COLUMNS).where(jobs.c.status.in_(list(ACTIVE))).order_by(jobs.c.position)
+            ).all()
+        return [Waiting._make(row) for row in waiting], [Holding._make(row) for row in holding]
 
     def get(self, job_id: str) -> JobRow | None:
         with self._database.read() as connection:
@@ -143,6 +185,30 @@ class JobStore:
         with self._database.read() as connection:
             rows = connection.execute(select(jobs.c.status, func.count()).group_by(jobs.c.status)).all()
         return {JobStatus(status): count for status, count in rows}
+
+    def count_by_user(self, *, user_id: str | None = None) -> dict[str, int]:
+        """Unfinished jobs of each user, or of one."""
+        unfinished = jobs.c.completed_at.is_(None) & jobs.c.user_id.is_not(None)
+        owned = true() if user_id is None else jobs.c.user_id == user_id
+        with self._database.read() as connection:
+            rows = connection.execute(
+                select(jobs.c.user_id, func.count()).where(unfinished, owned).group_by(jobs.c.user_id)
+            ).all()
+        return {row[0]: row[1] for row in rows}
+
+    def latest_waits_s(self, most: int) -> list[float]:
+        """How long each of the last `most` jobs that started had waited."""
+        with self._database.read() as connection:
+            rows = connection.execute(
+                select(jobs.c.queued_at, jobs.c.started_at)
+                .where(jobs.c.started_at >= jobs.c.queued_at)
+                .order_by(jobs.c.position.desc())
+                .limit(most)
+            ).all()
+        return [
+            (datetime.fromisoformat(started) - datetime.fromisoformat(queued)).total_seconds()
+            for queued, started in rows
+        ]
 
     def leases(self) -> dict[int, str]:
         """Local device → job that holds it."""

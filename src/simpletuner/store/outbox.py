@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sqlalchemy import Connection, delete, insert, select
 
 from simpletuner.events import Event
@@ -12,8 +14,16 @@ from simpletuner.store.schema import outbox
 
 def put_event(connection: Connection, event: Event) -> None:
     """Add `event` to the transaction of `connection`."""
-    body = event.model_dump(mode="json", by_alias=True, exclude_none=True)
-    connection.execute(insert(outbox).values(job_id=event.job_id, event=body))
+    put_events(connection, [event])
+
+
+def put_events(connection: Connection, events: Sequence[Event]) -> None:
+    """In this order; at least one."""
+    rows = [
+        {"job_id": event.job_id, "event": event.model_dump(mode="json", by_alias=True, exclude_none=True)}
+        for event in events
+    ]
+    connection.execute(insert(outbox), rows)
 
 
 class Outbox:

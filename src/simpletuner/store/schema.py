@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     Column,
     Float,
@@ -48,6 +49,10 @@ jobs = Table(
     Column("exit", JSON),
     Column("wait", JSON),  # last announced {position, reason, reason_code}
     Column("paused", Boolean, nullable=False, server_default=false()),  # held back while queued
+    Column("priority_override", Integer),  # in place of `priority`, which follows the user's level
+    Column("requires_approval", Boolean, nullable=False, server_default=false()),  # it began as blocked
+    Column("worker_labels", JSON),  # {label: glob} of the workers that may have it
+    Column("peak_bytes", BigInteger),  # predicted need of each device, where it is known
     Index("ix_jobs_status", "status"),
     sqlite_autoincrement=True,
 )

@@ -13,6 +13,9 @@ ACTIVE_ENVIRONMENT = "active_environment"
 JOB_MAX_CONCURRENT = "local_job_max_concurrent"
 REGISTRATION = "registration"
 GPU_MAX_CONCURRENT = "local_gpu_max_concurrent"
+CLOUD_MAX_CONCURRENT = "max_concurrent"
+USER_MAX_CONCURRENT = "user_max_concurrent"
+FAIR_SHARE = "enable_fair_share"
 
 
 class SettingStore:
@@ -24,6 +27,11 @@ class SettingStore:
         with self._database.read() as connection:
             row = connection.execute(select(settings.c.value).where(settings.c.name == name)).one_or_none()
         return default if row is None else row.value
+
+    def all(self) -> dict[str, Any]:
+        """What was stored, by name."""
+        with self._database.read() as connection:
+            return {row.name: row.value for row in connection.execute(select(settings))}
 
     def set(self, name: str, value: Any) -> None:
         with self._database.write() as connection:

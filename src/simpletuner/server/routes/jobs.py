@@ -14,15 +14,17 @@ from simpletuner.events import EventType
 from simpletuner.job import JobStatus
 from simpletuner.jobs.event_view import Images, artifact_url, find_artifact, media_of
 from simpletuner.server import control
-from simpletuner.server.audit_trail import audits
+from simpletuner.server.audit_trail import AuditDep, audits
 from simpletuner.server.config_view import JobConfig, show_config
 from simpletuner.server.control import ControlAnswer, RequestAnswer
 from simpletuner.server.core import Core, CoreDep, IdentityDep
 from simpletuner.server.errors import error_responses
+from simpletuner.server.idempotency import REPLAYED_HEADER, IdempotencyKey, build_claim, find_answer
 from simpletuner.server.job_view import JobView, show_jobs
 from simpletuner.server.metric_series import JobMetrics, read_metrics
 from simpletuner.server.purge import find_purgeable
-from simpletuner.server.rate_limit import END
+from simpletuner.server.queue_submit import RetryBody, SubmitAnswer, build_from_job, enqueue
+from simpletuner.server.rate_limit import END, START
 from simpletuner.server.rights import limited, needs
 from simpletuner.server.routes.events import EventPage, read_page
 from simpletuner.server.sight import DELETE, find_job, owner_filter
@@ -247,6 +249,39 @@ def validate_job(core: CoreDep, identity: IdentityDep, job_id: str) -> RequestAn
 )
 def checkpoint_job(core: CoreDep, identity: IdentityDep, job_id: str) -> RequestAnswer:
     return control.request_step(core, identity, job_id, "checkpoint")
+
+
+@router.post(
+    "/{job_id}/retry",
+    operation_id="retry_job",
+    dependencies=[needs("job.submit"), audits("job.retry"), limited(START)],
+    status_code=202,
+    responses=error_responses("unknown_job", "job_not_terminal", "gpus_unavailable", "in_flight"),
+)
+def retry_job(
+    core: CoreDep,
+    identity: IdentityDep,
+    note: AuditDep,
+    response: Response,
+    job_id: str,
+    body: RetryBody | None = None,
+    idempotency_key: IdempotencyKey = None,
+) -> SubmitAnswer:
+    """The same again, as a new job of yours: with the settings that were frozen, and `overrides` over them."""
+    body = body or RetryBody()
+    claim = build_claim(identity.user_id, idempotency_key, ["retry", job_id, body.model_dump()])
+    job = find_job(core, identity, job_id)
+    stored = find_answer(core, claim)
+    if stored is not None:
+        note.nothing_done = True
+        response.headers[REPLAYED_HEADER] = "true"
+        return SubmitAnswer.model_validate(stored)
+    submission = build_from_job(core, identity, job, body, claim)
+    note.detail = {"job_id": submission.job_id}
+    answer = enqueue(core, submission)
+    if claim is not None:
+        core.store.claims.store_answer(claim, answer.model_dump())
+    return answer
 
 
 @router.delete(

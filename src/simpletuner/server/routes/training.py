@@ -176,7 +176,8 @@ def start_training(
     options = LaunchOptions(
         no_wait=no_wait,
         any_gpu=any_gpu,
-        priority=identity.base_priority if priority is None else priority,
+        priority=identity.base_priority,
+        priority_override=priority,
         user_id=identity.user_id,
         user_name=identity.name,
         claim=claim,
