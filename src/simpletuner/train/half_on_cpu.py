@@ -8,7 +8,7 @@ result is that of a native kernel, which accumulates in fp32 too.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ def lacking_types() -> frozenset[torch.dtype]:
 
 
 @contextmanager
-def fast_half_products(lacking: frozenset[torch.dtype] | None = None) -> Iterator[None]:
+def fast_half_products(lacking: frozenset[torch.dtype] | None = None) -> Generator[None]:
     """Inside the block, products on the CPU of `lacking` types (those of this processor) are computed in fp32.
 
     Beneath autograd, so that backward is served too; tensors of other types go to torch's kernels as before.
