@@ -21,10 +21,10 @@ test: $(READY)
 	$(BIN)/python $(SHORT) --ignore tests/control; failed=$$?; \
 	for part in $$lint $$slow $$control; do wait $$part || failed=1; done; exit $$failed
 
-# What `make test` leaves out for time, and the kills of a thorough run.
+# What `make test` leaves out for time, with more kills and more random input.
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long
-	SERVER_KILLS=26 $(BIN)/python -m pytest tests/control/test_kills.py
+	SERVER_KILLS=26 MORE_INPUTS=3 $(BIN)/python -m pytest tests/control/test_kills.py tests/control/test_any_input.py
 
 check: lint
 	$(BIN)/python $(SHORT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -35,8 +36,10 @@ def headers_of(server: ServerProcess, who: str) -> dict[str, str]:
     return {"X-API-Key": key}
 
 
-@pytest.mark.parametrize(("who", "examples"), [("open", 6), ("admin", 2), ("researcher", 4), ("nobody", 1)])
+@pytest.mark.parametrize(("who", "examples"), [("open", 3), ("admin", 1), ("researcher", 1), ("nobody", 1)])
 def test_no_input_breaks_a_route(server: ServerProcess, who: str, examples: int) -> None:
+    """The variable MORE_INPUTS asks for so many times as many examples."""
+    examples *= int(os.environ.get("MORE_INPUTS", "1"))
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations: list[Any] = [found.ok() for found in schema.get_all_operations()]
     operations.sort(key=lambda each: each.definition.raw["operationId"] == LAST)

@@ -55,9 +55,9 @@ def test_the_command_line_looks_as_deep(
     created = server.ask("POST", "/api/configs", json={"name": "demo", "config": OPTIONS})
     assert created.status_code == 201, created.text
     monkeypatch.chdir(server.settings.workspace)
-    assert main(["configs", "validate", "demo", "--fit-budget-gb", "0.001"]) == 0
+    assert main(["configs", "validate", "demo", "--fit-budget-gb", "100"]) == 0
     said = capsys.readouterr().out
-    assert "demo is valid" in said and "Predicted on disk: " in said and "fits into 0.00 GB" in said
+    assert "demo is valid" in said and "Predicted on disk: " in said and "100.00 GB" in said
 
 
 def test_a_mistake_is_told_without_looking_deeper(server: InProcess) -> None:

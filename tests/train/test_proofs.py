@@ -172,6 +172,7 @@ def test_a_replay_finds_the_same_losses(environment: TinyWorld, capsys: pytest.C
     assert list((environment.root / ".simpletuner/scratch").iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_replay_names_what_changed(environment: TinyWorld, capsys: pytest.CaptureFixture[str]) -> None:
     ran = environment.run(max_train_steps=3)
     versions = lock_of(ran)["versions"] | {"torch": "1.0"}

@@ -69,8 +69,26 @@ def straight(shared: TinyWorld) -> Ran:
     return shared.run(output_dir="straight", **LONG)
 
 
-@pytest.mark.parametrize("optimizer", ["torch-adamw", "optimi-lion", "adamw_bf16", "adamw_schedulefree", "soap"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"),
+    [
+        ("torch-adamw", "fp32"),
+        ("optimi-lion", "fp32"),
+        ("adamw_bf16", "bf16"),
+        ("adamw_schedulefree", "bf16"),
+        ("soap", "bf16"),
+        *(
+            pytest.param(optimizer, dtype, marks=pytest.mark.long)
+            for optimizer, dtype in (
+                ("torch-adamw", "bf16"),
+                ("optimi-lion", "bf16"),
+                ("adamw_bf16", "fp32"),
+                ("adamw_schedulefree", "fp32"),
+                ("soap", "fp32"),
+            )
+        ),
+    ],
+)
 def test_going_on_is_never_having_stopped(shared: TinyWorld, optimizer: str, dtype: str) -> None:
     if optimizer in LIBRARY_OF:
         pytest.importorskip(LIBRARY_OF[optimizer])
