@@ -37,6 +37,26 @@ class OperationCounter(TorchDispatchMode):
         self.__exit__(None, None, None)
 
 
+class LaunchCounter(TorchDispatchMode):
+    """Operations that compute something while it is entered: each is a kernel or a copy of its own on a GPU, at least.
+
+    Views launch nothing. On tensors of the meta device it counts what would happen, without memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        return self.counts.total()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
 class CallCounter:
     """Every call of a Python function of our packages on this thread, by the function that the loop had called."""
 
