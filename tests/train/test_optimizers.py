@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simpletuner.bench.counters import LaunchCounter
+from simpletuner.bench.launches import GraphCalls, figures
 from simpletuner.config import rules
 from simpletuner.config.training_options import OptimizerOptions
 from simpletuner.data.keys import key_seed
@@ -563,38 +564,36 @@ def test_adamw_bf16_is_the_plain_one_whatever_the_chunk(chunk: int) -> None:
         assert all(torch.equal(value, state[name]) for name, value in optimizer.state.items())
 
 
-def launches(buffer: FlatParameters, chunk: int) -> tuple[list[int], int]:
-    """Calls of compiled graphs in a step, each with its number of operations; and the operations of a plain step."""
-    graphs: list[int] = []
-
-    def counted(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
-        def run(*values: Tensor) -> Any:
-            graphs.append(sum(node.op.startswith("call") for node in graph.graph.nodes))
-            return graph(*values)
-
-        return run
-
-    compiled = AdamWStochasticRounding(buffer, ADAMW_BF16, seed=1, chunk=chunk, backend=counted)
+def graph_calls(buffer: FlatParameters) -> list[int]:
+    """Calls of compiled graphs in a step, each with its number of operations."""
+    graphs = GraphCalls()
+    compiled = AdamWStochasticRounding(buffer, ADAMW_BF16, seed=1, chunk=64, backend=graphs.backend)
     assert compiled.slower_because is None
+    graphs.operations.clear()
+    compiled.step(1e-3, 0, clip_gradients([buffer], 1.0, "norm"))
+    return graphs.operations
+
+
+def test_a_compiled_step_is_one_graph_and_a_plain_one_on_a_gpu_would_be_thousands_of_operations() -> None:
+    buffer = FlatParameters(
+        [(f"{index}", nn.Parameter(torch.empty(1009, 1000, dtype=BF16, device="meta"))) for index in range(900)]
+    )
+    (operations,) = graph_calls(buffer)
+    assert operations > 30
     clipping = clip_gradients([buffer], 1.0, "norm")
-    graphs.clear()
-    compiled.step(1e-3, 0, clipping)
     with LaunchCounter() as counter:
-        AdamWStochasticRounding(buffer, ADAMW_BF16, seed=1, chunk=chunk).step(1e-3, 0, clipping)
-    return graphs, counter.total
-
-
-def test_a_compiled_step_of_900_tensors_is_one_graph() -> None:
-    named = [(f"{index}", nn.Parameter(torch.zeros(1009, 999, dtype=BF16, device="meta"))) for index in range(900)]
-    graphs, plain = launches(FlatParameters(named), 2**24)
-    assert len(graphs) == 1 and graphs[0] > 30
-    assert plain > 55 * 30, "chunks of 2²⁴ are no way for a GPU"
+        AdamWStochasticRounding(buffer, ADAMW_BF16, seed=1, chunk=2**24).step(1e-3, 0, clipping)
+    assert counter.total > 2000
 
 
 def test_a_buffer_beyond_31_bits_is_several_graphs() -> None:
-    buffer = FlatParameters([("w", nn.Parameter(torch.zeros(2**21, 1500, dtype=BF16, device="meta")))])
-    graphs, _ = launches(buffer, 2**29)
-    assert len(graphs) == 3
+    buffer = FlatParameters([("w", nn.Parameter(torch.empty(2**21, 1500, dtype=BF16, device="meta")))])
+    assert len(graph_calls(buffer)) == 3
+
+
+def test_launches_of_900_tensors_stay_within_the_limits() -> None:
+    found = figures()
+    assert len(found) == 4 and all(figure.is_met for figure in found), found
 
 
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
