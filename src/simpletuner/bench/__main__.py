@@ -11,30 +11,56 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 NAMES = ("overhead", "loader", "cache", "server", "scale", "memory", "checkpoint", "numerics")
+"""Of the CPU, also where there is a GPU."""
+ON_DEVICE = ("ceiling", "step", "ablate", "compile")
+"""Of a GPU, if there is one; on a CPU the same code runs with nano models."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Prints what was measured; the exit code says nothing about the figures: wall time alone never gates."""
     parser = argparse.ArgumentParser(prog="simpletuner bench")
-    parser.add_argument("name", nargs="?", choices=NAMES)
+    parser.add_argument("name", nargs="?", choices=[*NAMES, *ON_DEVICE])
     parser.add_argument("--steps", type=_at_least(2), default=200)
     parser.add_argument("--pictures", type=_at_least(8), default=64)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--against", type=Path)
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(words)
-    # These are figures of the CPU, also where there is a GPU; and the model ships in the package.
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    # Models ship in the package, or are made from configurations.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if asked.name not in ON_DEVICE:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
     import diffusers
     import torch
     import transformers
 
-    from simpletuner.bench import cache, checkpoint, loader, memory, numerics, overhead, scale, server
+    from simpletuner.bench import (
+        ablate,
+        cache,
+        ceiling,
+        checkpoint,
+        compiling,
+        loader,
+        memory,
+        numerics,
+        overhead,
+        scale,
+        server,
+        step,
+    )
+    from simpletuner.bench.device import choose
     from simpletuner.bench.figure import Measured, as_markdown, circumstances
     from simpletuner.bench.scene import Scene
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    try:
+        device = choose(asked.device) if asked.name in ON_DEVICE else torch.device("cpu")
+    except ValueError as error:
+        parser.error(str(error))
     benchmarks: dict[str, Callable[[Scene], Measured]] = {
         "overhead": lambda scene: overhead.measure(scene, asked.steps),
         "loader": lambda scene: loader.measure(scene, asked.steps),
@@ -44,12 +70,16 @@ def main(words: Sequence[str] | None = None) -> int:
         "memory": memory.measure,
         "checkpoint": checkpoint.measure,
         "numerics": lambda scene: numerics.measure(scene, asked.steps),
+        "ceiling": lambda scene: ceiling.measure(scene, asked.steps, device),
+        "step": lambda scene: step.measure(scene, asked.steps, device),
+        "ablate": lambda scene: ablate.measure(scene, asked.steps, device),
+        "compile": lambda scene: compiling.measure(scene, device),
     }
     measured: list[Measured] = []
     for name in [asked.name] if asked.name else NAMES:
         with tempfile.TemporaryDirectory(prefix="simpletuner-bench-") as folder:
             measured.append(benchmarks[name](Scene(Path(folder), asked.pictures)))
-    where = circumstances()
+    where = circumstances(device)
     if asked.json:
         print(json.dumps({**where, "measured": [found.as_dict() for found in measured]}, indent=1, ensure_ascii=False))
     else:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 _RESAMPLES = 2000
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +69,11 @@ def quantile(values: Sequence[float], part: float) -> float:
     return sorted(values)[min(len(values) - 1, int(part * len(values)))]
 
 
-def circumstances() -> dict[str, str]:
+def circumstances(device: torch.device = _CPU) -> dict[str, str]:
     """Without which a figure says nothing: device, torch, commit."""
+    on_gpu = device.type == "cuda"
     return {
-        "device": f"CPU, {_cpu()}, {torch.get_num_threads()} thread(s)",
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {_cpu()}, {torch.get_num_threads()} thread(s)",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _commit(),

@@ -107,6 +107,10 @@ class FusedAdamW(_OwnOptimizer):
         )
 
 
+ROUNDING_CHUNKS: Mapping[str, int] = {"cpu": 2**18, "cuda": 2**24}
+"""Elements at a time of plain operations: their fp32 temporaries fit the cache of a CPU core; a GPU wants few launches."""
+
+
 class AdamWStochasticRounding(_OwnOptimizer):
     """AdamW with bf16 weights and moments, arithmetic in fp32, every store rounded stochastically.
 
@@ -169,10 +173,10 @@ class AdamWStochasticRounding(_OwnOptimizer):
 def _adamw_bf16(buffer: FlatParameters, seed: int) -> Optimizer:
     if buffer.weights.dtype is not torch.bfloat16:
         return FusedAdamW(buffer, ADAMW_BF16)
-    if buffer.weights.device.type == "cuda":
-        return AdamWStochasticRounding(buffer, ADAMW_BF16, seed=seed, chunk=2**24, backend="inductor")
-    # A chunk's fp32 temporaries fit the cache of a CPU core.
-    return AdamWStochasticRounding(buffer, ADAMW_BF16, seed=seed, chunk=2**18)
+    device = buffer.weights.device.type
+    backend = "inductor" if device == "cuda" else None
+    chunk = ROUNDING_CHUNKS.get(device, ROUNDING_CHUNKS["cuda"])
+    return AdamWStochasticRounding(buffer, ADAMW_BF16, seed=seed, chunk=chunk, backend=backend)
 
 
 def _library(name: str) -> Callable[[FlatParameters, int], Optimizer]:
