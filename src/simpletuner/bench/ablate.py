@@ -93,10 +93,12 @@ def _compare(
         unit="",
         least=min(ratios),
         most=max(ratios),
-        note=f"{statistics.median(changed) * 1e3:.4g} ÷ {statistics.median(plain) * 1e3:.4g} ms, {num_blocks} pairs "
+        note=f"{statistics.median(changed) * 1e3:.4g} ÷ {statistics.median(plain) * 1e3:.4g} ms, {num_blocks} pair(s) "
         f"of blocks of {BLOCK}; 95 % lower bound {lower_bound(ratios):.4f}",
     )
-    peaks = peak_bytes(on), peak_bytes(off)
-    note = f"{peaks[0] / 1e9:.4g} ÷ {peaks[1] / 1e9:.4g} GB"
+    with_it, without = peak_bytes(on), peak_bytes(off)
+    if with_it is None or without is None:
+        return
     # On a GPU the allocator holds both steps: what the other one holds at rest is in both figures.
-    yield Figure(name=f"{name}, peak on ÷ off", value=peaks[0] / peaks[1], unit="", note=note)
+    note = f"{with_it / 1e9:.4g} ÷ {without / 1e9:.4g} GB"
+    yield Figure(name=f"{name}, peak on ÷ off", value=with_it / without, unit="", note=note)

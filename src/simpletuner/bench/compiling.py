@@ -6,12 +6,11 @@ import time
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from simpletuner.bench.device import release, seconds_of, wait
 from simpletuner.bench.figure import Figure, Measured
 from simpletuner.bench.scene import Scene
-from simpletuner.bench.work import Job, Work, Works, batch_of, jobs_for
+from simpletuner.bench.work import Job, Works, batch_of, jobs_for
 from simpletuner.train.adamw import Backend
 
 BUCKETS = 12
@@ -34,7 +33,7 @@ def measure(
         if kinds in kinds_seen:
             continue
         kinds_seen.add(kinds)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         with fresh_cache():
             found.figures += _figures(works, job, device, backend)
         release(device)

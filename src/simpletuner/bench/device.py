@@ -40,13 +40,18 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_bytes(work: Work) -> int:
-    """Of one step: what the allocator of a GPU gave out at most; on a CPU the tensors alive at once, as counted."""
+def peak_bytes(work: Work) -> int | None:
+    """Of one step: what the allocator of a GPU gave out at most; on a CPU the tensors alive at once, as counted.
+
+    None on a CPU for what is compiled: torch compiles nothing while tensors are counted.
+    """
     if work.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(work.device)
         work.step()
         wait(work.device)
         return torch.cuda.max_memory_allocated(work.device)
+    if work.is_compiled:
+        return None
     with Meter(FakeTensorMode()) as meter:
         for tensor in (*work.denoiser.parameters(), *work.held_tensors()):
             for plain in plain_tensors(tensor):

@@ -42,11 +42,12 @@ def _figures(works: Works, job: Job, steps: int, device: torch.device) -> Iterat
         unit="ms",
         least=min(blocks) * 1e3,
         most=max(blocks) * 1e3,
-        note=f"{len(blocks)} blocks of {BLOCK}, {job.size} px, {work.tokens} latent tokens, not recomputed, "
+        note=f"{len(blocks)} block(s) of {BLOCK}, {job.size} px, {work.tokens} latent tokens, not recomputed, "
         f"{work.config.precision.base_model_precision}{goal}",
     )
     yield Figure(name=f"{job.name}: pictures", value=job.batch / middle, unit="/s")
     note = f"{tflop:.4g} TFLOP of the model in a step, counted; optimizer and clipping in the time"
     yield Figure(name=f"{job.name}: model speed", value=tflop / middle, unit="TFLOP/s", note=note)
     kind = "allocated" if device.type == "cuda" else "tensors of a step, counted"
-    yield Figure(name=f"{job.name}: peak memory", value=peak_bytes(work) / 1e9, unit="GB", note=kind)
+    if (peak := peak_bytes(work)) is not None:
+        yield Figure(name=f"{job.name}: peak memory", value=peak / 1e9, unit="GB", note=kind)

@@ -1,6 +1,6 @@
 """A training step of a model with random weights, of nano's or of full size: what the rows of a GPU measure.
 
-No dataset and no cache: one batch that does not change, through the family, the loss's square, and the trainer's own Update.
+No dataset and no cache: one batch that does not change, through the family, the mean square, and the trainer's Update.
 No GPU has run the full sizes yet; what runs on a CPU with nano is the same code.
 """
 
@@ -53,7 +53,7 @@ _LORA: Options = _BF16 | {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """`shape`: the denoiser's configuration where it is not nano's own. Limits and FLOPs are those of training.md §10.3."""
+    """`shape`: the denoiser's configuration, where it is not nano's own. Limits and FLOPs are training.md's, §10.3."""
 
     name: str
     options: Options
@@ -70,7 +70,7 @@ class Job:
 
 NANO_JOBS = (
     Job(name="nano PixArt full, B 1", options=_FULL | {"model_flavour": "nano"}),
-    Job(name="nano PixArt full, B 8", options=_FULL | {"model_flavour": "nano"}, batch=8),
+    Job(name="nano PixArt full, B 2", options=_FULL | {"model_flavour": "nano"}, batch=2),
     Job(name="nano Flux LoRA, B 1", options=_LORA | {"model_flavour": "nano"}),
 )
 _PIXART_JOBS = tuple(
@@ -141,7 +141,7 @@ class Works:
 
     def block_kinds(self, job: Job) -> list[str]:
         """Classes of the blocks that the denoiser repeats."""
-        return _repeated(self.shapes(job)[1])
+        return sorted({type(block).__name__ for block in blocks_of(self.shapes(job)[1])})
 
     def _family(self, config: TrainConfig) -> Family:
         return build_family(config, load_spec(config.model.model_family), shapes_only=True)
@@ -185,22 +185,24 @@ def batch_of(
 class Work:
     """One step after another, on the same batch."""
 
-    def __init__(
-        self, family: Family, denoiser: nn.Module, update: Update, batch: Batch, config: TrainConfig
-    ) -> None:
+    def __init__(self, family: Family, denoiser: nn.Module, update: Update, batch: Batch, config: TrainConfig) -> None:
         self.family = family
         self.denoiser = denoiser
         self.batch = batch
         self.config = config
+        self.is_compiled = False
         self._update = update
         self._autocast = autocast_dtype(config)
         self._step = 0
 
     def compile_blocks(self, backend: Backend) -> None:
-        """Each of the repeated blocks by itself, as diffusers names them: regional compilation."""
-        self.denoiser.compile_repeated_blocks(backend=backend)  # pyright: ignore[reportCallIssue]
+        """Each of the repeated blocks by itself: what is compiled for one of a kind serves the others."""
+        self.is_compiled = True
+        for block in blocks_of(self.denoiser):
+            block.compile(backend=backend)
 
     def compile_optimizer(self, backend: Backend) -> None:
+        self.is_compiled = True
         self._use_rounding(backend)
 
     def plain_optimizer(self) -> None:
@@ -210,10 +212,9 @@ class Work:
 
     def _use_rounding(self, backend: Backend | None) -> None:
         chunk = ROUNDING_CHUNKS[self.device.type]
-        self._update.optimizers = [
-            AdamWStochasticRounding(buffer, ADAMW_BF16, seed=0, chunk=chunk, backend=backend)
-            for buffer in self._update.buffers
-        ]
+        for index, buffer in enumerate(self._update.buffers):
+            optimizer = AdamWStochasticRounding(buffer, ADAMW_BF16, seed=0, chunk=chunk, backend=backend)
+            self._update.optimizers[index] = optimizer
 
     def held_tensors(self) -> list[Tensor]:
         """What lies beside the weights from step to step: gradients, state of the optimizer."""
@@ -244,6 +245,7 @@ class Work:
         return predicted.float().square().mean()
 
 
-def _repeated(denoiser: nn.Module) -> list[str]:
-    kinds: Any = type(denoiser)
-    return list(kinds._repeated_blocks)
+def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
+    """The repeated blocks: the lists that a denoiser consists of. diffusers names them itself for some models only."""
+    lists = [child for child in denoiser.children() if isinstance(child, nn.ModuleList)]
+    return [block for blocks in lists for block in blocks]

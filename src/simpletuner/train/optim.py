@@ -108,7 +108,7 @@ class FusedAdamW(_OwnOptimizer):
 
 
 ROUNDING_CHUNKS: Mapping[str, int] = {"cpu": 2**18, "cuda": 2**24}
-"""Elements at a time of plain operations: their fp32 temporaries fit the cache of a CPU core; a GPU wants few launches."""
+"""Elements at a time of plain operations: fp32 temporaries that fit the cache of a CPU core, few launches on a GPU."""
 
 
 class AdamWStochasticRounding(_OwnOptimizer):
