@@ -108,7 +108,8 @@ class Works:
         family = self._family(config)
         torch.manual_seed(0)
         with device:
-            denoiser = family.load_denoiser()
+            # Once more, for what was made of numpy.
+            denoiser = family.load_denoiser().to(device)
         prepare_denoiser(denoiser, config, family.spec)
         buffers = build_buffers(denoiser)
         optimizers = build_optimizers(config.optimizer.optimizer, buffers, 0)
@@ -170,7 +171,11 @@ def batch_of(
     edits = any(flavour.edits_references for flavour in family.spec.flavours.values())
     return Batch(
         latents_BCHW=latents,
-        text={name: tensor.to(device) for name, tensor in text.items()},
+        # Not zeros: a GPU multiplies those faster.
+        text={
+            name: torch.randn(some.shape, generator=generator, device=device).to(some.dtype)
+            for name, some in text.items()
+        },
         samples=("",) * count,
         visits=(0,) * count,
         captions=("",) * count,
