@@ -38,11 +38,10 @@ def test_the_counters_of_a_quiet_step_are_deterministic(tmp_path: Path) -> None:
     first = overhead.measure(Scene(tmp_path / "first", 16), steps=2)
     second = overhead.measure(Scene(tmp_path / "second", 16), steps=2)
     assert first.details == second.details
-    for name, most in (("host synchronisations", 0), ("torch operations outside", 25)):
+    for name, most in (("host synchronisations", 0), ("torch operations outside", 25), ("Python calls", 120)):
         found = figures(first, name)
         assert found.keys() == set(PRECISIONS)
         assert all(value <= most for value in found.values()), (name, found)
-    assert figures(first, "Python calls")["fp32"] <= 120
     assert "overhead" in as_markdown([first], circumstances())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from simpletuner.bench.counters import LaunchCounter
+from simpletuner.bench.launches import GraphCalls, figures
 from simpletuner.config import rules
 from simpletuner.config.training_options import OptimizerOptions
+from simpletuner.data.keys import key_seed
 from simpletuner.errors import UserError
+from simpletuner.train.adamw import ADAMW_BF16
 from simpletuner.train.buffer import FlatParameters, build_buffers, clip_gradients
 from simpletuner.train.ema import Ema
-from simpletuner.train.optim import OPTIMIZERS, Optimizer
+from simpletuner.train.optim import OPTIMIZERS, AdamWStochasticRounding, Optimizer
 from simpletuner.train.optim import build_optimizers as build_any_optimizers
+from simpletuner.train.rounding import first_counters, store_rounded
 from simpletuner.train.schedule import learning_rate
 from simpletuner.train.update import Update
 
@@ -469,49 +475,172 @@ def test_adamw_bf16_descends_a_bowl_as_fp32_does() -> None:
     assert losses[BF16] == pytest.approx(losses[FP32], rel=0.02)
 
 
-def test_rounding_is_unbiased_and_reproducible() -> None:
-    from simpletuner.train.rounding import noise_bits, round_stochastically
+def rounded(value: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The value rounded three times, as weight and moments are, in fp32."""
+    targets = tuple(torch.zeros_like(value, dtype=BF16) for _ in range(3))
+    store_rounded((value,) * 3, targets, first_counters(seed, step, 2**20, 1)[0], torch.tensor(True))
+    return tuple(target.float() for target in targets)
 
+
+def test_rounding_is_unbiased_and_reproducible() -> None:
     value = torch.full((100_000,), 1.0 + 0.3 * 2**-7)
-    found: list[Tensor] = []
-    for index in range(3):
-        rounded = round_stochastically(value, noise_bits(0, len(value), 5, 9, value.device), index).float()
-        assert set(rounded.tolist()) == {1.0, 1.0 + 2**-7}
-        assert (rounded > 1).float().mean().item() == pytest.approx(0.3, abs=0.01)
-        found.append(rounded)
-    again = round_stochastically(value, noise_bits(0, len(value), 5, 9, value.device), 0).float()
-    assert torch.equal(found[0], again)
+    found = rounded(value, 5, 9)
+    for some in found:
+        assert set(some.tolist()) == {1.0, 1.0 + 2**-7}
+        assert (some > 1).float().mean().item() == pytest.approx(0.3, abs=0.01)
+    assert all(torch.equal(some, again) for some, again in zip(found, rounded(value, 5, 9), strict=True))
     assert not any(torch.equal(found[0], other) for other in found[1:])
     assert abs(torch.corrcoef(torch.stack(found))[0, 1:]).max() < 0.02, "the three are independent"
     for seed, step in ((6, 9), (5, 10)):
-        other = round_stochastically(value, noise_bits(0, len(value), seed, step, value.device), 0).float()
-        assert not torch.equal(found[0], other)
+        assert not torch.equal(found[0], rounded(value, seed, step)[0])
 
 
 def test_rounding_keeps_what_bf16_can_hold_and_the_sign() -> None:
-    from simpletuner.train.rounding import noise_bits, round_stochastically
-
     exact = torch.tensor([0.0, 1.0, -1.5, 2.0**-100, -3.0e38]).to(BF16).float()
-    bits = noise_bits(0, 5, 1, 1, exact.device)
-    for index in range(3):
-        assert torch.equal(round_stochastically(exact, bits, index).float(), exact)
+    assert all(torch.equal(some, exact) for some in rounded(exact, 1, 1))
     below = -(1.0 + 0.5 * 2**-7)
-    values = round_stochastically(torch.full((1000,), below), noise_bits(0, 1000, 1, 1, exact.device), 0).float()
-    assert set(values.tolist()) == {-1.0, -(1.0 + 2**-7)}
+    assert set(rounded(torch.full((1000,), below), 1, 1)[0].tolist()) == {-1.0, -(1.0 + 2**-7)}
 
 
-def test_chunks_do_not_change_an_update() -> None:
-    from simpletuner.train.optim import ADAMW_BF16, AdamWStochasticRounding
+def test_counters_go_on_beyond_32_bits() -> None:
+    """Chunk by chunk, and with a key of their own for each 2³² elements, though the words wrap."""
+    count = 2**33 // 2**20
+    counters = first_counters(5, 9, 2**20, count)
+    assert len(set(counters)) == len(counters) and all(-(2**31) <= counter < 2**31 for counter in counters)
+    wider = first_counters(5, 9, 2**21, count // 2)
+    assert all((counters[index] - wider[index // 2]) % 2**32 == index % 2 * 2**20 for index in range(count))
+    steps = {(after - before) % 2**32 for before, after in pairwise(counters)}
+    assert 2**20 in steps and len(steps) == 2, "one jump, where the key is another"
+    value = torch.full((64,), 1.0 + 0.5 * 2**-7)
+    across = [torch.zeros(64, dtype=BF16) for _ in range(3)], [torch.zeros(64, dtype=BF16) for _ in range(3)]
+    store_rounded((value,) * 3, tuple(across[0]), 2**31 - 32, torch.tensor(True))
+    store_rounded((value,) * 3, tuple(across[1]), -(2**31), torch.tensor(True))
+    assert torch.equal(across[0][0][32:], across[1][0][:32]), "counters wrap"
 
-    results: list[Tensor] = []
-    for chunk in (64, 2**20):
-        buffer = buffer_of(torch.ones(1000, dtype=BF16))
-        optimizer = AdamWStochasticRounding(buffer, ADAMW_BF16, seed=1, chunk=chunk)
-        for step in range(5):
-            buffer.grads.copy_(torch.linspace(-1, 1, len(buffer.grads)))
-            optimizer.step(0.01, step, clip_gradients([buffer], 0.1, "norm"))
-        results.append(buffer.weights.clone())
-    assert torch.equal(*results)
+
+def plain_adamw_bf16(buffer: FlatParameters, state: dict[str, Tensor], rate: float, step: int, scale: float) -> None:
+    """What `adamw_bf16` computes, in one piece and without haste; the seed is 1. Checkpoints rely on its bits."""
+    count, key = len(buffer.weights), key_seed("rounding", 1, step) & 0x7FFFFFFF
+
+    def mixed(word: Tensor, shift: int) -> Tensor:
+        return word ^ ((word.long() & 0xFFFFFFFF) >> shift).int()
+
+    word = ((torch.arange(count) + key + 2**31) % 2**32 - 2**31).int()
+    word = mixed(word, 16) * -2048144789
+    word = mixed(mixed(word, 15) * -1028477387, 16)
+    noise = (word & 0xFFFF, (word >> 16) & 0xFFFF, mixed(word * -1640531535, 15) & 0xFFFF)
+    grads = buffer.grads.float() * scale
+    m = state["exp_avg"].float().lerp(grads, 1 - 0.9)
+    v = (state["exp_avg_sq"].float() * 0.999).addcmul(grads, grads, value=1 - 0.999)
+    w = buffer.weights.float() * (1 - rate * 0.01)
+    corrected = v.sqrt() / math.sqrt(1 - 0.999 ** (step + 1)) + 1e-6
+    w = w.addcdiv(m, corrected, value=-rate / (1 - 0.9 ** (step + 1)))
+    for target, value, low in zip(
+        (buffer.weights, state["exp_avg"], state["exp_avg_sq"]), (w, m, v), noise, strict=True
+    ):
+        target.copy_(((value.view(torch.int32) + low) & -65536).view(FP32))
+
+
+def noisy_buffer(size: int) -> FlatParameters:
+    return buffer_of(torch.randn(size, generator=torch.Generator().manual_seed(0)).to(BF16))
+
+
+def give_noise(buffer: FlatParameters, step: int) -> None:
+    buffer.grads.copy_(0.01 * torch.randn(buffer.grads.shape, generator=torch.Generator().manual_seed(1 + step)))
+
+
+@pytest.mark.parametrize("chunk", [64, 1024, 2**20])
+def test_adamw_bf16_is_the_plain_one_whatever_the_chunk(chunk: int) -> None:
+    buffer, other = noisy_buffer(5000), noisy_buffer(5000)
+    optimizer = AdamWStochasticRounding(buffer, ADAMW_BF16, seed=1, chunk=chunk)
+    state = {name: torch.zeros_like(other.weights) for name in ("exp_avg", "exp_avg_sq")}
+    for step in range(8):
+        for some in (buffer, other):
+            give_noise(some, step)
+        clipping = clip_gradients([buffer], 0.1, "norm")
+        optimizer.step(0.01, step, clipping)
+        plain_adamw_bf16(other, state, 0.01, step, clipping.scale.item())
+        assert torch.equal(buffer.weights, other.weights)
+        assert all(torch.equal(value, state[name]) for name, value in optimizer.state.items())
+
+
+def graph_calls(buffer: FlatParameters) -> list[int]:
+    """Calls of compiled graphs in a step, each with its number of operations."""
+    graphs = GraphCalls()
+    compiled = AdamWStochasticRounding(buffer, ADAMW_BF16, seed=1, chunk=64, backend=graphs.backend)
+    assert compiled.slower_because is None
+    graphs.operations.clear()
+    compiled.step(1e-3, 0, clip_gradients([buffer], 1.0, "norm"))
+    return graphs.operations
+
+
+def test_a_compiled_step_is_one_graph_and_a_plain_one_on_a_gpu_would_be_thousands_of_operations() -> None:
+    buffer = FlatParameters(
+        [(f"{index}", nn.Parameter(torch.empty(1009, 1000, dtype=BF16, device="meta"))) for index in range(900)]
+    )
+    (operations,) = graph_calls(buffer)
+    assert operations > 30
+    clipping = clip_gradients([buffer], 1.0, "norm")
+    with LaunchCounter() as counter:
+        AdamWStochasticRounding(buffer, ADAMW_BF16, seed=1, chunk=2**24).step(1e-3, 0, clipping)
+    assert counter.total > 2000
+
+
+def test_a_buffer_beyond_31_bits_is_several_graphs() -> None:
+    buffer = FlatParameters([("w", nn.Parameter(torch.empty(2**21, 1500, dtype=BF16, device="meta")))])
+    assert len(graph_calls(buffer)) == 3
+
+
+def test_launches_of_900_tensors_stay_within_the_limits() -> None:
+    found = figures()
+    assert len(found) == 4 and all(figure.is_met for figure in found), found
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        raise OSError("there is no compiler")
+
+    buffer, other = noisy_buffer(100), noisy_buffer(100)
+    made = AdamWStochasticRounding(buffer, ADAMW_BF16, seed=1, chunk=64, backend=broken)
+    assert made.slower_because is not None and "there is no compiler" in made.slower_because
+    plain = AdamWStochasticRounding(other, ADAMW_BF16, seed=1, chunk=64)
+    for some, optimizer in ((buffer, made), (other, plain)):
+        give_noise(some, 0)
+        optimizer.step(0.01, 0, clip_gradients([some], 1.0, "norm"))
+    assert torch.equal(buffer.weights, other.weights)
+    told: list[tuple[str, str]] = []
+    monkeypatch.setitem(OPTIMIZERS, "broken", lambda buffer, seed: made)  # pyright: ignore[reportArgumentType]
+    build_any_optimizers("broken", [buffer], 1, lambda code, message: told.append((code, message)))
+    assert [code for code, _ in told] == ["optimizer_not_compiled"] and "there is no compiler" in told[0][1]
+
+
+@pytest.mark.long
+def test_compiled_adamw_bf16_is_the_plain_one() -> None:
+    """Inductor's C++. It adds products in another order of roundings (fused or not), which moves what lies next to a
+    border by one place of bf16: other random bits would move half of all."""
+    from torch._inductor import metrics
+
+    buffer, other = noisy_buffer(300_000), noisy_buffer(300_000)
+    metrics.reset()
+    compiled = AdamWStochasticRounding(buffer, ADAMW_BF16, seed=1, chunk=64, backend="inductor")
+    assert compiled.slower_because is None
+    assert metrics.generated_kernel_count == 1
+    plain = AdamWStochasticRounding(other, ADAMW_BF16, seed=1, chunk=2**20)
+    for step in range(6):
+        for some, optimizer in ((buffer, compiled), (other, plain)):
+            give_noise(some, step)
+            optimizer.step(0.01 / (step + 1), step, clip_gradients([some], 1.0, "norm"))
+        pairs = [(buffer.weights, other.weights), *((compiled.state[name], plain.state[name]) for name in plain.state)]
+        for own, wanted in pairs:
+            places = (own.view(torch.int16).int() - wanted.view(torch.int16).int()).abs()
+            assert places.max() <= 1 and places.count_nonzero() < 1e-4 * len(own)
+            own.copy_(wanted)
+    assert metrics.generated_kernel_count == 1, "no other rate, step or seed compiles again"
+    give_noise(buffer, 9)
+    buffer.grads[3] = math.nan
+    before = buffer.weights.clone()
+    compiled.step(0.01, 6, clip_gradients([buffer], 1.0, "norm"))
+    assert torch.equal(before, buffer.weights)
 
 
 @pytest.mark.parametrize("name", ON_CPU)

@@ -13,6 +13,9 @@ HOST_SYNCS = ("aten._local_scalar_dense.default", "aten.nonzero.default")
 NETWORK = ("predict", "Loss.__call__", "Tensor.backward", "Update.apply")
 """Ends of the names of what a loop calls for forward, backward and optimizer; all else is the trainer's own."""
 
+UNCOUNTED = ("simpletuner.bench", "simpletuner.train.half_on_cpu")
+"""Modules: what measures, and the kernels of processors that lack them."""
+
 
 class OperationCounter(TorchDispatchMode):
     """Every operation that reaches a backend while it is entered, by the function that the loop had called.
@@ -37,6 +40,26 @@ class OperationCounter(TorchDispatchMode):
         self.__exit__(None, None, None)
 
 
+class LaunchCounter(TorchDispatchMode):
+    """Operations that compute something while it is entered: each is a kernel or a copy of its own on a GPU, at least.
+
+    Views launch nothing. On tensors of the meta device it counts what would happen, without memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        return self.counts.total()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and func.namespace != "profiler":
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
 class CallCounter:
     """Every call of a Python function of our packages on this thread, by the function that the loop had called."""
 
@@ -53,7 +76,7 @@ class CallCounter:
     def _see(self, frame: FrameType, event: str, _argument: Any) -> None:
         # By module, not by file: the methods that dataclasses write have no file.
         module = str(frame.f_globals.get("__name__", ""))
-        if event == "call" and module.startswith("simpletuner.") and not module.startswith("simpletuner.bench"):
+        if event == "call" and module.startswith("simpletuner.") and not module.startswith(UNCOUNTED):
             self.counts[called_by(self._loop, frame), frame.f_code.co_qualname] += 1
 
 

@@ -7,13 +7,14 @@ import random
 import statistics
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 _RESAMPLES = 2000
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,14 +69,38 @@ def quantile(values: Sequence[float], part: float) -> float:
     return sorted(values)[min(len(values) - 1, int(part * len(values)))]
 
 
-def circumstances() -> dict[str, str]:
+def circumstances(device: torch.device = _CPU) -> dict[str, str]:
     """Without which a figure says nothing: device, torch, commit."""
+    on_gpu = device.type == "cuda"
     return {
-        "device": f"CPU, {_cpu()}, {torch.get_num_threads()} thread(s)",
+        "device": torch.cuda.get_device_name(device)
+        if on_gpu
+        else f"CPU, {_cpu()}, {torch.get_num_threads()} thread(s)",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _commit(),
     }
+
+
+class OtherDevice(ValueError):
+    """Figures of two devices say nothing beside each other."""
+
+
+def check_device(where: dict[str, str], before: dict[str, Any]) -> None:
+    """Raises OtherDevice where the JSON report `before` is of another device."""
+    if (other := before.get("device")) != where["device"]:
+        raise OtherDevice(f"The other report is of {other}, this one of {where['device']}: they are not compared.")
+
+
+def compare(measured: Sequence[Measured], where: dict[str, str], before: dict[str, Any]) -> None:
+    """Put the ratio to an earlier JSON report into the note of each figure that is in both. Raises OtherDevice."""
+    check_device(where, before)
+    values = {(some["benchmark"], one["name"]): one["value"] for some in before["measured"] for one in some["figures"]}
+    for found in measured:
+        for index, figure in enumerate(found.figures):
+            if value := values.get((found.benchmark, figure.name)):
+                told = f"{figure.value / value:.4g} × the {value:.4g} of commit {before['commit']}"
+                found.figures[index] = replace(figure, note=f"{figure.note}; {told}" if figure.note else told)
 
 
 def as_markdown(measured: Sequence[Measured], where: dict[str, str]) -> str:

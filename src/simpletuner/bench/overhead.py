@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from simpletuner.bench import launches
 from simpletuner.bench.bare import BareLoop
 from simpletuner.bench.counters import HOST_SYNCS, CallCounter, OperationCounter, is_network
 from simpletuner.bench.figure import Figure, Measured, ratio_at_most
@@ -28,7 +29,7 @@ Counts = Counter[tuple[str, str]]
 
 def measure(scene: Scene, steps: int) -> Measured:
     """`steps` of each loop in each precision, in alternating blocks; then one step counted."""
-    found = Measured(benchmark="overhead", figures=[])
+    found = Measured(benchmark="overhead", figures=launches.figures())
     for precision in PRECISIONS:
         with scene.run(precision) as built:
             bare, trainer = _bare(built), TrainerLoop(built.run)

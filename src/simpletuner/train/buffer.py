@@ -7,6 +7,7 @@ non-finite check are a handful of operations however many tensors a model has.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -95,10 +96,9 @@ def clip_gradients(buffers: list[FlatParameters], limit: float, method: str) -> 
     parts = [part for buffer in buffers for part in _parts(buffer.grads)]
     norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-    scale = torch.ones_like(norm)
-    if limit and method == "norm":
-        scale = (limit / norm).clamp(max=1.0)
-    elif limit:
+    scale = (limit / norm).clamp(max=1.0) if limit and method == "norm" else torch.ones_like(norm)
+    if limit and method == "value":
         for buffer in buffers:
             buffer.grads.clamp_(-limit, limit)
-    return Clipping(norm, scale, torch.isfinite(norm))
+    # Neither infinite nor NaN, in one operation: a norm is not negative.
+    return Clipping(norm, scale, norm < math.inf)

@@ -247,7 +247,7 @@ class _Builder:
         config = self._config
         buffers = build_buffers(denoiser)
         ema = None if ema_decay is None else Ema(buffers, ema_decay)
-        optimizers = build_optimizers(config.optimizer.optimizer, buffers, self._seed)
+        optimizers = build_optimizers(config.optimizer.optimizer, buffers, self._seed, self._reporter.warn)
         keeps = config.model.model_type == "lora"
         return Update(buffers, optimizers, config.optimizer, self._total, ema, keeps_weights=keeps)
 

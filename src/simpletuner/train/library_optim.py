@@ -33,6 +33,7 @@ class LibraryOptimizer:
         self.clips = library.clips
         self.own_rate = library.own_rate
         self.averages = library.averages
+        self.slower_because: str | None = None
         self._library = library
         self._buffer = buffer
         self._seed = seed

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import math
+import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from simpletuner.train.adamw import (
+    ADAMW_BF16,
+    SPAN,
+    TORCH_ADAMW,
+    AdamWSettings,
+    Backend,
+    CompiledAdamW,
+    adamw_with_rounding,
+    factors_of,
+)
 from simpletuner.train.buffer import Clipping, FlatParameters
 from simpletuner.train.libraries import LIBRARIES
 from simpletuner.train.library_optim import LibraryOptimizer
-from simpletuner.train.rounding import noise_bits, round_stochastically
+from simpletuner.train.rounding import first_counters
 
 
 class Optimizer(Protocol):
@@ -24,6 +33,8 @@ class Optimizer(Protocol):
     """False: it wants gradients as they are, whatever `max_grad_norm` says."""
     own_rate: float | None
     """The rate of every step, where it has no use for the schedule's."""
+    slower_because: str | None
+    """Why it is not as fast as it could be on this device."""
     averages: bool
     """It averages the weights in place of a schedule: after the warm-up the rate stays, `averaged` is the result."""
 
@@ -49,6 +60,7 @@ class _OwnOptimizer:
     clips = True
     own_rate: float | None = None
     averages = False
+    slower_because: str | None = None
     state: dict[str, Tensor]
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -57,20 +69,6 @@ class _OwnOptimizer:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         for name, value in self.state.items():
             value.copy_(tensors[name])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdamWSettings:
-    """Decoupled weight decay (arXiv:1711.05101)."""
-
-    beta1: float
-    beta2: float
-    epsilon: float
-    weight_decay: float
-
-
-ADAMW_BF16 = AdamWSettings(beta1=0.9, beta2=0.999, epsilon=1e-6, weight_decay=0.01)
-TORCH_ADAMW = AdamWSettings(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.01)
 
 
 class FusedAdamW(_OwnOptimizer):
@@ -109,6 +107,10 @@ class FusedAdamW(_OwnOptimizer):
         )
 
 
+ROUNDING_CHUNKS: Mapping[str, int] = {"cpu": 2**18, "cuda": 2**24}
+"""Elements at a time of plain operations: fp32 temporaries that fit the cache of a CPU core, few launches on a GPU."""
+
+
 class AdamWStochasticRounding(_OwnOptimizer):
     """AdamW with bf16 weights and moments, arithmetic in fp32, every store rounded stochastically.
 
@@ -116,45 +118,65 @@ class AdamWStochasticRounding(_OwnOptimizer):
     The random bits are a counter stream of (seed, step, element): equal on every device and after any restart.
     """
 
-    def __init__(self, buffer: FlatParameters, settings: AdamWSettings, *, seed: int, chunk: int) -> None:
+    def __init__(
+        self,
+        buffer: FlatParameters,
+        settings: AdamWSettings,
+        *,
+        seed: int,
+        chunk: int,
+        backend: Backend | None = None,
+    ) -> None:
+        """`chunk`: so many elements at a time; with a `backend` of torch.compile up to `SPAN`, if that can compile."""
         self._buffer = buffer
         self._settings = settings
         self._seed = seed
         self._chunk = chunk
+        self._compiled: CompiledAdamW | None = None
+        self.slower_because: str | None = None
         self.state = {
             "exp_avg": torch.zeros_like(buffer.weights),
             "exp_avg_sq": torch.zeros_like(buffer.weights),
         }
+        if backend is not None:
+            self._try_to_compile(backend)
 
     @torch.no_grad()
     def step(self, rate: float, step: int, clipping: Clipping) -> None:
-        size = self._buffer.weights.numel()
-        for start in range(0, size, self._chunk):
-            self._step_chunk(slice(start, min(start + self._chunk, size)), rate, step, clipping)
+        settings, compiled = self._settings, self._compiled
+        factors = factors_of(settings, rate, step)
+        size = SPAN if compiled else self._chunk
+        weights, grads = self._buffer.weights.split(size), self._buffer.grads.split(size)
+        first, second = (self.state[name].split(size) for name in ("exp_avg", "exp_avg_sq"))
+        chunks = list(zip(weights, grads, first, second, strict=True))
+        counters = first_counters(self._seed, step, size, len(chunks))
+        for chunk, counter in zip(chunks, counters, strict=True):
+            if compiled:
+                compiled(chunk, clipping, counter, factors)
+            else:
+                adamw_with_rounding(*chunk, clipping.scale, clipping.finite, counter, *factors, settings)
 
-    def _step_chunk(self, part: slice, rate: float, step: int, clipping: Clipping) -> None:
-        settings = self._settings
-        weights, grads = self._buffer.weights[part], self._buffer.grads[part].float().mul_(clipping.scale)
-        first, second = self.state["exp_avg"][part], self.state["exp_avg_sq"][part]
-        m = first.float().lerp_(grads, 1 - settings.beta1)
-        v = second.float().mul_(settings.beta2).addcmul_(grads, grads, value=1 - settings.beta2)
-        correction1 = 1 - settings.beta1 ** (step + 1)
-        correction2 = math.sqrt(1 - settings.beta2 ** (step + 1))
-        w = weights.float().mul_(1 - rate * settings.weight_decay)
-        w.addcdiv_(m, (v.sqrt() / correction2).add_(settings.epsilon), value=-rate / correction1)
-        bits = noise_bits(part.start, w.numel(), self._seed, step, w.device)
-        for index, (target, value) in enumerate(((weights, w), (first, m), (second, v))):
-            rounded = round_stochastically(value, bits, index)
-            # Chosen on the device: to look at the flag here would mean to wait for it.
-            torch.where(clipping.finite, rounded, target, out=target)
+    def _try_to_compile(self, backend: Backend) -> None:
+        """By a step that changes nothing, so that what goes wrong does so before the first one, and harms nothing."""
+        self._compiled = CompiledAdamW(self._settings, backend)
+        scalar = torch.ones((), device=self._buffer.weights.device)
+        try:
+            self.step(0.0, 0, Clipping(scalar, scalar, scalar == 0))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+            # No compiler, no Triton, a version of them that does not fit: torch wraps them in RuntimeErrors of its own.
+            self._compiled = None
+            self.slower_because = " ".join(str(error).strip().partition("\n\n")[0].split())
 
 
 def _adamw_bf16(buffer: FlatParameters, seed: int) -> Optimizer:
     if buffer.weights.dtype is not torch.bfloat16:
         return FusedAdamW(buffer, ADAMW_BF16)
-    # A chunk's fp32 temporaries fit the cache of a CPU core; a GPU wants few launches instead.
-    chunk = 2**17 if buffer.weights.device.type == "cpu" else 2**24
-    return AdamWStochasticRounding(buffer, ADAMW_BF16, seed=seed, chunk=chunk)
+    device = buffer.weights.device.type
+    backend = "inductor" if device == "cuda" else None
+    chunk = ROUNDING_CHUNKS.get(device, ROUNDING_CHUNKS["cuda"])
+    return AdamWStochasticRounding(buffer, ADAMW_BF16, seed=seed, chunk=chunk, backend=backend)
 
 
 def _library(name: str) -> Callable[[FlatParameters, int], Optimizer]:
@@ -168,6 +190,16 @@ OPTIMIZERS: Mapping[str, Callable[[FlatParameters, int], Optimizer]] = {
 }
 
 
-def build_optimizers(name: str, buffers: list[FlatParameters], seed: int) -> list[Optimizer]:
-    """One per buffer. Raises `optimizer_unavailable` where a library or a device is missing."""
-    return [OPTIMIZERS[name](buffer, seed) for buffer in buffers]
+def build_optimizers(
+    name: str, buffers: list[FlatParameters], seed: int, warn: Callable[[str, str], None] | None = None
+) -> list[Optimizer]:
+    """One per buffer. Raises `optimizer_unavailable` where a library or a device is missing.
+
+    `warn` gets code and message where one is slower than it could be.
+    """
+    built = [OPTIMIZERS[name](buffer, seed) for buffer in buffers]
+    reason = next((optimizer.slower_because for optimizer in built if optimizer.slower_because), None)
+    if reason and warn is not None:
+        message = f"{name} runs as many small operations, not as one compiled kernel, and is slower: {reason}"
+        warn("optimizer_not_compiled", message)
+    return built

@@ -7,27 +7,40 @@ from torch import Tensor
 
 from simpletuner.data.keys import key_seed
 
+COUNTERS = 2**32
+"""So many elements have counters of their own under one key; those of a larger buffer go on under another."""
+
 _FIRST, _SECOND, _THIRD = -2048144789, -1028477387, -1640531535
 """Odd multipliers: the finaliser of MurmurHash3 and the golden ratio, as signed 32-bit integers."""
 
 
-def noise_bits(start: int, count: int, seed: int, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two int32 words per element from the counter (seed, step, element); an element is its place in the buffer."""
-    word = torch.arange(start, start + count, dtype=torch.int32, device=device)
-    word.add_(key_seed("rounding", seed, step) & 0x7FFFFFFF)
-    _fold(word, 16).mul_(_FIRST)
-    _fold(word, 15).mul_(_SECOND)
-    _fold(word, 16)
-    return word, _fold(word * _THIRD, 15)
+def first_counters(seed: int, step: int, chunk: int, count: int) -> list[int]:
+    """Of the first element of each of `count` chunks of a buffer, as signed 32-bit integers; in a chunk they count on.
+
+    `chunk`: elements of each, a divisor of `COUNTERS`.
+    """
+    starts = range(0, chunk * count, COUNTERS)
+    # The first key is that of checkpoints from before buffers could be so long.
+    keys = [key_seed("rounding", seed, step, *([start // COUNTERS] if start else [])) & 0x7FFFFFFF for start in starts]
+    half = COUNTERS // 2
+    return [(keys[at // COUNTERS] + at + half) % COUNTERS - half for at in range(0, chunk * count, chunk)]
 
 
-def _fold(word: Tensor, shift: int) -> Tensor:
-    """word ^= word >>> shift. torch shifts arithmetically: the mask takes the copies of the sign away."""
-    return word.bitwise_xor_((word >> shift).bitwise_and_((1 << (32 - shift)) - 1))
+def store_rounded(
+    values: tuple[Tensor, Tensor, Tensor], targets: tuple[Tensor, Tensor, Tensor], first: int | Tensor, keep: Tensor
+) -> None:
+    """Round fp32 `values` into bf16 `targets`, all (N,) with N < 2³¹, with random bits from the counter `first` on.
 
-
-def round_stochastically(value: Tensor, bits: tuple[Tensor, Tensor], index: int) -> Tensor:
-    """fp32 → bf16: 16 random bits added below the kept ones, the rest cut off. `index` 0–2 picks the 16 bits."""
-    word = bits[index // 2]
-    noise = (word >> 16 if index % 2 else word) & 0xFFFF
-    return noise.add_(value.view(torch.int32)).bitwise_and_(-65536).view(torch.float32).to(torch.bfloat16)
+    16 random bits are added below the bits that are kept, then the rest is cut off. Only where `keep`, a scalar on the
+    device, is true: to look at it here would mean to wait for it. `first`: of `first_counters`, or an int32 tensor.
+    """
+    # One function, as it is the core of a step. `>>` copies the sign of an int32: the masks take the copies away.
+    word = torch.arange(len(values[0]), dtype=torch.int32, device=values[0].device).add_(first)
+    word.bitwise_xor_((word >> 16).bitwise_and_(0xFFFF)).mul_(_FIRST)
+    word.bitwise_xor_((word >> 15).bitwise_and_(0x1FFFF)).mul_(_SECOND)
+    word.bitwise_xor_((word >> 16).bitwise_and_(0xFFFF))
+    other = word * _THIRD
+    other.bitwise_xor_((other >> 15).bitwise_and_(0x1FFFF))
+    for value, target, noise in zip(values, targets, (word, word >> 16, other), strict=True):
+        bits = (noise & 0xFFFF).add_(value.view(torch.int32)).bitwise_and_(-65536)
+        torch.where(keep, bits.view(torch.float32).to(torch.bfloat16), target, out=target)
