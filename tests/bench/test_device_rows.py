@@ -88,8 +88,7 @@ def test_the_ceiling_has_every_shape_of_the_linear_layers(scene: Scene, tmp_path
 
 @pytest.mark.long
 def test_blocks_compile_without_breaks_and_seldom_again(scene: Scene) -> None:
-    """Without Inductor, whose C++ takes a minute: graphs and their guards are the same."""
-    found = compiling.measure(scene, CPU, NANO_JOBS, backend="aot_eager")
+    found = compiling.measure(scene, CPU, NANO_JOBS)
     limited = [figure for figure in found.figures if figure.limit]
     assert len(limited) == 4, "two jobs, as another batch is no other kind of block"
     assert all(figure.is_met for figure in limited), limited

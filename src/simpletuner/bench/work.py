@@ -200,7 +200,7 @@ class Work:
         self._autocast = autocast_dtype(config)
         self._step = 0
 
-    def compile_blocks(self, backend: Backend) -> None:
+    def compile_blocks(self, backend: str) -> None:
         """Each of the repeated blocks by itself: what is compiled for one of a kind serves the others."""
         self.is_compiled = True
         for block in blocks_of(self.denoiser):
