@@ -49,6 +49,7 @@ def test_a_deep_validation_predicts_memory_and_disk(server: InProcess) -> None:
     assert answer["fit"]["fits"] and answer["fit"]["budget_bytes"] == 100e9 and answer["fit"]["settings"] == {}
 
 
+@pytest.mark.long
 def test_the_command_line_looks_as_deep(
     server: InProcess, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,6 +92,10 @@ class WarmProcess:
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
 
+    def forsake(self) -> None:
+        """As the end of this process would."""
+        self._socket.close()
+
 
 class _Forker:
     """One thread: what it forks has no locks of others in it."""
@@ -142,15 +146,17 @@ class _Forker:
             if pid == 0:
                 return
             asking = self._asked.pop(pid)
-            self._selector.unregister(asking)
+            with suppress(KeyError):  # forsaken
+                self._selector.unregister(asking)
             with suppress(OSError):
                 asking.send(str(os.waitstatus_to_exitcode(status)).encode())
             asking.close()
 
     def _forsaken(self, pid: int) -> None:
-        """Who asked for it is gone."""
-        self._selector.unregister(self._asked[pid])
-        os.kill(pid, signal.SIGKILL)
+        """Who asked for it is gone; it itself may have ended in the same moment."""
+        if pid in self._asked:
+            self._selector.unregister(self._asked[pid])
+            os.kill(pid, signal.SIGKILL)
 
 
 def _become(asked: dict[str, Any], descriptors: Sequence[int]) -> NoReturn:
