@@ -60,7 +60,8 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def build_model(folder: Path) -> Path:
+def build_model(folder: Path, *, patch_size: int = 2) -> Path:
+    """A larger `patch_size` is for large pictures: the time of attention falls with its fourth power."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -87,7 +88,7 @@ def build_model(folder: Path) -> Path:
         num_layers=2,
         cross_attention_dim=16,
         sample_size=8,
-        patch_size=2,
+        patch_size=patch_size,
         caption_channels=32,
         use_additional_conditions=False,
     )

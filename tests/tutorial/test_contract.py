@@ -91,7 +91,7 @@ def put_on_hub(home: Path, repository: str, model: Path) -> None:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ServerProcess]:
     home = tmp_path / "hub"
-    put_on_hub(home, "terminusresearch/pixart-900m-1024-ft-v0.6", build_model(tmp_path / "tiny"))
+    put_on_hub(home, "terminusresearch/pixart-900m-1024-ft-v0.6", build_model(tmp_path / "tiny", patch_size=8))
     flux = Path(load_spec("flux").flavours["nano"].repository)
     put_on_hub(home, load_spec("flux").flavours["kontext"].repository, flux)
     environ = {"OMP_NUM_THREADS": "1", "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
