@@ -99,6 +99,7 @@ def test_the_command_offers_every_writer() -> None:
     assert get_args(get_type_hints(export)["to"]) == tuple(WRITERS)
 
 
+@pytest.mark.long
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     ran = simpletuner("inspect", tmp_path / "absent.safetensors")
     assert ran.returncode == 65

@@ -238,9 +238,8 @@ def base_image(tmp_path_factory: pytest.TempPathFactory) -> Image.Image:
     return Image.open(folder / "step_last_0.png")
 
 
-@pytest.mark.parametrize(
-    "kind", ["standard", pytest.param("full", marks=pytest.mark.long), pytest.param("lycoris", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["standard", "full", "lycoris"])
 def test_a_run_that_is_validated_on_another_device(
     shared: TinyWorld, tmp_path: Path, base_image: Image.Image, kind: str
 ) -> None:

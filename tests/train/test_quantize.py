@@ -41,6 +41,8 @@ CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 NEEDS_CUDA = ("fp8-torchao", "int4-torchao")
 ON_CPU = tuple(name for name in PRECISIONS if name not in NEEDS_CUDA)
+CHOSEN = [pytest.param(name, marks=pytest.mark.long) if name == "int4-quanto" else name for name in ON_CPU]
+"""Quanto compiles a C++ extension for int4 where it is used for the first time: half a minute."""
 PIXART_KEPT = load_spec("pixart_sigma").unquantised
 FLUX_KEPT = ("x_embedder", "context_embedder", "time_text_embed.*", "norm_out.*", "proj_out")
 ATTENTION = ("to_k", "to_q", "to_v", "to_out.0")
@@ -211,7 +213,7 @@ BOUNDS = {
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
-@pytest.mark.parametrize("precision", ON_CPU)
+@pytest.mark.parametrize("precision", CHOSEN)
 def test_a_quantised_linear(precision: str, dtype: torch.dtype) -> None:
     """Close to the plain one, also with a row of zeros; exact gradient to the input; autocast; deepcopy."""
     weight, bias = gaussian(64, 256).to(dtype), gaussian(1, 64)[0].to(dtype)
@@ -229,7 +231,7 @@ def test_a_quantised_linear(precision: str, dtype: torch.dtype) -> None:
     assert torch.equal(deepcopy(module)(x), module(x))
 
 
-@pytest.mark.parametrize("precision", ON_CPU)
+@pytest.mark.parametrize("precision", CHOSEN)
 def test_the_graph_holds_no_dequantised_weight(precision: str) -> None:
     """torchao's own weight-only product leaves a bf16 copy of each weight until the backward pass."""
     module = PRECISIONS[precision].quantise(gaussian(64, 256), None, CPU)
@@ -260,7 +262,7 @@ def test_a_trained_bias_gets_its_gradient() -> None:
 # ---- loading
 
 
-@pytest.mark.parametrize("precision", ON_CPU)
+@pytest.mark.parametrize("precision", CHOSEN)
 def test_loading(tiny: Tiny, precision: str) -> None:
     found, wanted = tiny.load(precision), tiny.reference()
     names = set(quantised_names(wanted, precision, tiny.kept))
@@ -286,7 +288,7 @@ def test_loading(tiny: Tiny, precision: str) -> None:
 
 
 @pytest.mark.parametrize("via", ["cpu", "pipeline"])
-@pytest.mark.parametrize("precision", ON_CPU)
+@pytest.mark.parametrize("precision", CHOSEN)
 def test_every_way_gives_equal_weights(flux: Tiny, precision: str, via: Via) -> None:
     ways = [list(flux.load(precision, via=way).modules()) for way in ("accelerator", via)]
     assert digest(ways[0]) == digest(ways[1])
@@ -428,7 +430,7 @@ def train(tiny: Tiny, attached: Attached, steps: int) -> list[float]:
 
 
 @pytest.mark.parametrize("adapter", ["peft", "lora", "locon", "lokr", "loha"])
-@pytest.mark.parametrize("precision", ON_CPU)
+@pytest.mark.parametrize("precision", CHOSEN)
 def test_an_adapter_trains_over_it(tiny: Tiny, precision: str, adapter: str, preset: Callable[[str], None]) -> None:
     """Before a step its output is the base's; steps change every weight of the adapter and no byte of the base."""
     with torch.no_grad():
@@ -448,7 +450,7 @@ def test_an_adapter_trains_over_it(tiny: Tiny, precision: str, adapter: str, pre
 
 
 @pytest.mark.parametrize("adapter", ["peft", "lokr"])
-@pytest.mark.parametrize("precision", ON_CPU)
+@pytest.mark.parametrize("precision", CHOSEN)
 def test_recomputed_activations_change_nothing(
     tiny: Tiny, precision: str, adapter: str, preset: Callable[[str], None]
 ) -> None:
