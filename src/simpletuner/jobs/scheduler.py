@@ -85,8 +85,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Start:
+    """`devices` are those of the worker `worker_id`, or of this machine."""
+
     job_id: str
     devices: tuple[int, ...]
+    worker_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

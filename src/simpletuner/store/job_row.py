@@ -50,6 +50,8 @@ class JobRow(NewJob):
     exit: dict[str, Any] | None = None
     wait: dict[str, Any] | None = None
     paused: bool = False
+    worker_id: str | None = None
+    """Where it runs or ran last; None for this machine."""
 
 
 class Waiting(NamedTuple):
@@ -68,6 +70,7 @@ class Waiting(NamedTuple):
     target: str
     peak_bytes: int | None
     paused: bool
+    worker_labels: dict[str, str] | None
 
 
 class Holding(NamedTuple):
@@ -77,6 +80,7 @@ class Holding(NamedTuple):
     devices: list[int] | None
     output_dir: str
     user_id: str | None
+    worker_id: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +96,8 @@ class Move:
     forced: bool | None = None
     next_attempt: int | None = None
     devices: tuple[int, ...] | None = None
+    worker_id: str | None = None
+    """Whose the `devices` are; None for this machine."""
     exit: dict[str, Any] | None = None
 
 

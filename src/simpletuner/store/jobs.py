@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 
 from simpletuner.events import Event, EventType, JobStatusData, JobWaitingData, Severity, utc_now
 from simpletuner.job import ACTIVE, TRANSITIONS, JobStatus
+from simpletuner.store.assignments import end_assignment, put_assignment
 from simpletuner.store.claims import put_claim
 from simpletuner.store.database import Database
 from simpletuner.store.job_row import Claim, Holding, JobPage, JobQuery, JobRow, Move, NewJob, Waiting
@@ -24,8 +25,9 @@ _WAITING_COLUMNS = (
     jobs.c.job_id, jobs.c.position, jobs.c.status, func.coalesce(jobs.c.queued_at, jobs.c.created_at),
     func.coalesce(jobs.c.priority_override, jobs.c.priority), jobs.c.num_devices, jobs.c.preferred_devices,
     jobs.c.any_gpu, jobs.c.output_dir, jobs.c.user_id, jobs.c.target, jobs.c.peak_bytes, jobs.c.paused,
+    jobs.c.worker_labels,
 )  # fmt: skip
-_HOLDING_COLUMNS = (jobs.c.job_id, jobs.c.devices, jobs.c.output_dir, jobs.c.user_id)
+_HOLDING_COLUMNS = (jobs.c.job_id, jobs.c.devices, jobs.c.output_dir, jobs.c.user_id, jobs.c.worker_id)
 
 
 class JobStore:
@@ -234,10 +236,14 @@ def _move(connection: Connection, move: Move) -> bool:
     if changed.rowcount == 0:
         return False
     if move.to is JobStatus.STARTING and move.devices:
-        leases = [{"machine": LOCAL, "device": device, "job_id": move.job_id} for device in move.devices]
+        machine = move.worker_id or LOCAL
+        leases = [{"machine": machine, "device": device, "job_id": move.job_id} for device in move.devices]
         connection.execute(insert(device_leases), leases)
+        if move.worker_id is not None:
+            put_assignment(connection, move.job_id, move.worker_id)
     if move.to.is_terminal or move.to is JobStatus.QUEUED:
         connection.execute(delete(device_leases).where(device_leases.c.job_id == move.job_id))
+        end_assignment(connection, move.job_id)
     put_event(connection, _status_event(move))
     return True
 
@@ -248,7 +254,7 @@ def _changes(move: Move) -> dict[str, Any]:
     given = {"mode": move.mode, "forced": move.forced, "attempt": move.next_attempt, "exit": move.exit}
     changes |= {name: value for name, value in given.items() if value is not None}
     if move.to is JobStatus.STARTING:
-        changes |= {"started_at": now, "devices": list(move.devices or ()), "wait": None}
+        changes |= {"started_at": now, "devices": list(move.devices or ()), "wait": None, "worker_id": move.worker_id}
     if move.to is JobStatus.QUEUED:
         changes |= {"queued_at": now, "devices": None, "mode": None}
     if move.to.is_terminal:

@@ -53,6 +53,7 @@ jobs = Table(
     Column("requires_approval", Boolean, nullable=False, server_default=false()),  # it began as blocked
     Column("worker_labels", JSON),  # {label: glob} of the workers that may have it
     Column("peak_bytes", BigInteger),  # predicted need of each device, where it is known
+    Column("worker_id", String(64)),  # where it runs or ran last; null for this machine
     Index("ix_jobs_status", "status"),
     sqlite_autoincrement=True,
 )
@@ -64,6 +65,36 @@ device_leases = Table(
     Column("device", Integer, nullable=False),
     Column("job_id", String(64), nullable=False, index=True),
     UniqueConstraint("machine", "device", name="uq_device_leases_device"),
+)
+
+workers = Table(
+    "workers",
+    state_metadata,
+    Column("worker_id", String(64), primary_key=True),
+    Column("name", String(128), nullable=False, unique=True),
+    Column("worker_type", String(16), nullable=False),  # persistent or ephemeral
+    Column("token_hash", String(64), nullable=False, unique=True),
+    Column("labels", JSON, nullable=False),  # set at the server; they win over `told_labels`
+    Column("told_labels", JSON, nullable=False),  # by the worker, of itself
+    Column("gpu_info", JSON),  # {name, count, vram_gb, driver, accelerator}; null until it registers
+    Column("version", String(32)),
+    Column("draining", Boolean, nullable=False),
+    Column("quarantined", Boolean, nullable=False),  # it lost a lease and has not yet proved itself
+    Column("created_at", String(32), nullable=False),
+    Column("connected_at", String(32)),
+    Column("last_heartbeat", String(32)),
+)
+
+assignments = Table(
+    "assignments",
+    state_metadata,
+    Column("job_id", String(64), primary_key=True),  # the newest of each job that a worker ever had
+    Column("worker_id", String(64), nullable=False, index=True),
+    Column("epoch", Integer, nullable=False),  # counts the assignments of the job: the fencing token
+    Column("state", String(12), nullable=False),  # offered, taken, ended
+    Column("offered_at", String(32), nullable=False),
+    Column("journal_start", BigInteger),  # bytes that the server's journal had when the lease was taken
+    Column("log_start", BigInteger),
 )
 
 settings = Table(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from simpletuner.store.assignments import AssignmentStore
 from simpletuner.store.audit import AuditStore
 from simpletuner.store.claims import ClaimStore
 from simpletuner.store.credentials import CredentialStore
@@ -21,6 +22,7 @@ from simpletuner.store.webhooks import WebhookStore
 class Store:
     database: Database
     jobs: JobStore
+    assignments: AssignmentStore
     claims: ClaimStore
     outbox: Outbox
     settings: SettingStore
@@ -38,6 +40,7 @@ class Store:
         return cls(
             database=database,
             jobs=JobStore(database),
+            assignments=AssignmentStore(database),
             claims=ClaimStore(database),
             outbox=Outbox(database),
             settings=SettingStore(database),
