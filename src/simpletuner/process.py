@@ -1,4 +1,4 @@
-"""What a process asks of its system: to follow its parent into death, to give memory back."""
+"""What a process asks of its system: to follow its parent into death, to give memory back, the time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -25,6 +26,11 @@ def die_with_parent(parent: int, signal_number: signal.Signals = signal.SIGKILL)
     if os.getppid() != parent:
         # It died before the request was made.
         os.kill(os.getpid(), signal_number)
+
+
+def boottime() -> float:
+    """Seconds that go on while the machine sleeps, and never jump."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def return_freed_memory() -> None:
