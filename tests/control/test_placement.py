@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from simpletuner.job import Command, CommandName, CommandReader, ExitRecord, JobDir, JobStatus
-from simpletuner.jobs.device_memory import MemoryGauge, read_nvidia_smi
-from simpletuner.jobs.devices import Device
+from simpletuner.jobs.device_memory import MemoryGauge, free_of_cards
+from simpletuner.jobs.devices import Device, probe_nvidia
+from simpletuner.jobs.executor import LOST_AFTER_S, SPAWN_GRACE_S
 from simpletuner.jobs.feed import Feed
 from simpletuner.jobs.placement import Placement, is_news
 from simpletuner.jobs.scheduler import Start, Wait
 from simpletuner.jobs.submit import GpusUnavailable, Refused, Submission, foresee, submit
 from simpletuner.jobs.supervisor import Supervisor
-from simpletuner.jobs.watch import LOST_AFTER_S, SPAWN_GRACE_S
 from simpletuner.store.settings import FAIR_SHARE, GPU_MAX_CONCURRENT, JOB_MAX_CONCURRENT, USER_MAX_CONCURRENT
 from simpletuner.store.store import Store
 
@@ -41,8 +41,17 @@ class FakeExecutor:
     def is_alive(self, job: JobDir) -> bool:
         return job.root.name in self.alive
 
+    def refusal(self, job: JobDir) -> str | None:
+        return None
+
+    def lost_after_s(self, job: JobDir) -> float:
+        return LOST_AFTER_S if job.lock_path.exists() else SPAWN_GRACE_S
+
     def send(self, job: JobDir, command: Command) -> None:
         job.send(command)
+
+    def forget(self, job: JobDir, *, lost: bool) -> None:
+        pass
 
     def reap(self) -> None:
         pass
@@ -259,12 +268,18 @@ def test_long_plans_are_made_less_often(bench: Bench) -> None:
 def test_nvidia_smi_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the protocol: a card without a memory of its own says [N/A]."""
     program = tmp_path / "nvidia-smi"
-    program.write_text('#!/bin/sh\n[ "$1" = --query-gpu=index,memory.free ] && printf "0, 81000\\n1, [N/A]\\n"\n')
+    query = "--query-gpu=index,memory.total,memory.free,name"
+    answer = "0, 81920, 81000, A card, PCIe\\n1, [N/A], [N/A], Another\\n"
+    program.write_text(f'#!/bin/sh\n[ "$1" = {query} ] && printf "{answer}"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    assert read_nvidia_smi() == {"0": 81000 << 20}
+    assert free_of_cards() == {"0": 81000 << 20}
+    assert probe_nvidia() == [
+        Device(0, "A card, PCIe", 80.0, "cuda", "0"),
+        Device(1, "Another", 0.0, "cuda", "1"),
+    ]
     program.write_text("#!/bin/sh\nexit 9\n")
-    assert read_nvidia_smi() == {}
+    assert free_of_cards() == {} and probe_nvidia() == []
 
 
 def test_a_foreign_program_on_the_card_makes_a_job_wait(bench: Bench) -> None:

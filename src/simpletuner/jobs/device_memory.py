@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from simpletuner.jobs.devices import Device
+from simpletuner.jobs.nvidia import read_cards
 
-NVIDIA_SMI = ("nvidia-smi", "--query-gpu=index,memory.free", "--format=csv,noheader,nounits")
 FRESH_S = 1.0
 """So long an answer counts: the queue is planned at every request and each second."""
 
@@ -24,7 +21,7 @@ class MemoryGauge:
         self, devices: Sequence[Device], *, read: Read | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._index_of = {device.visible_id: device.index for device in devices if device.kind == "cuda"}
-        self._read = read or read_nvidia
+        self._read = read or free_of_cards
         self._clock = clock
         self._read_at = float("-inf")
         self._free_bytes: dict[int, int] = {}
@@ -38,29 +35,6 @@ class MemoryGauge:
         return self._free_bytes
 
 
-def read_nvidia() -> dict[str, int]:
-    """Free bytes by what CUDA_VISIBLE_DEVICES calls a device; through NVML, else nvidia-smi. Empty without either."""
-    try:
-        nvml: Any = importlib.import_module("pynvml")
-    except ModuleNotFoundError:
-        return read_nvidia_smi()
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError:
-        return {}
-    try:
-        handles = [(index, nvml.nvmlDeviceGetHandleByIndex(index)) for index in range(nvml.nvmlDeviceGetCount())]
-        return {str(index): int(nvml.nvmlDeviceGetMemoryInfo(handle).free) for index, handle in handles}
-    except nvml.NVMLError:
-        return {}
-    finally:
-        nvml.nvmlShutdown()
-
-
-def read_nvidia_smi() -> dict[str, int]:
-    try:
-        answer = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    rows = [line.split(",") for line in answer.stdout.splitlines()]
-    return {index.strip(): int(free_mib) << 20 for index, free_mib in rows if free_mib.strip().isdigit()}
+def free_of_cards() -> dict[str, int]:
+    """Free bytes by what CUDA_VISIBLE_DEVICES calls a card."""
+    return {card.visible_id: card.free_bytes for card in read_cards() if card.free_bytes is not None}

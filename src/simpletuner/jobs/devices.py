@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from simpletuner.errors import UserError
+from simpletuner.jobs.nvidia import read_cards
 
 HINT = 'Use auto, cpu:2 or a JSON list such as [{"name": "A100", "memory_gb": 80, "kind": "cuda"}].'
-NVIDIA_SMI = ("nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader,nounits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,34 +44,10 @@ def read_inventory(setting: str, environ: Mapping[str, str], *, probe: Probe | N
 
 
 def probe_nvidia() -> list[Device]:
-    """Through NVML where its package is installed, else through nvidia-smi; empty without either."""
-    try:
-        nvml: Any = importlib.import_module("pynvml")
-    except ModuleNotFoundError:
-        return _probe_nvidia_smi()
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError:
-        return []
-    found: list[Device] = []
-    for index in range(nvml.nvmlDeviceGetCount()):
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        memory_gb = round(nvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30, 1)
-        found.append(Device(index, str(nvml.nvmlDeviceGetName(handle)), memory_gb, "cuda", str(index)))
-    nvml.nvmlShutdown()
-    return found
-
-
-def _probe_nvidia_smi() -> list[Device]:
-    try:
-        answer = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    found: list[Device] = []
-    for line in answer.stdout.splitlines():
-        index, name, memory_mib = (part.strip() for part in line.split(",", 2))
-        found.append(Device(int(index), name, round(float(memory_mib) / 1024, 1), "cuda", index))
-    return found
+    return [
+        Device(index, card.name, round((card.total_bytes or 0) / 2**30, 1), "cuda", card.visible_id)
+        for index, card in enumerate(read_cards())
+    ]
 
 
 def _within_visible(devices: list[Device], visible: str | None) -> list[Device]:
