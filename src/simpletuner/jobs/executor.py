@@ -13,6 +13,10 @@ import simpletuner
 from simpletuner.job import Command, JobDir
 from simpletuner.jobs.devices import Device
 
+LOST_AFTER_S = 0.5
+"""A lock must be free for this long: askers share it for an instant, a runner needs one to take it."""
+SPAWN_GRACE_S = 10.0
+"""For a job whose runner never took the lock: perhaps its server died between the lease and the launch."""
 PACKAGE_ROOT = Path(simpletuner.__file__).parents[1]
 
 
@@ -25,7 +29,19 @@ class Executor(Protocol):
         """Whether a runner lives, or one that was launched may yet take the lock."""
         ...
 
+    def refusal(self, job: JobDir) -> str | None:
+        """Why no runner ever had it; None where one had. Without, it goes back into the queue as the same attempt."""
+        ...
+
+    def lost_after_s(self, job: JobDir) -> float:
+        """How long it must look dead without a record before it counts as lost."""
+        ...
+
     def send(self, job: JobDir, command: Command) -> None: ...
+
+    def forget(self, job: JobDir, *, lost: bool) -> None:
+        """The attempt is over, in the store too."""
+        ...
 
     def reap(self) -> None:
         """Take leave of children that ended."""
@@ -46,7 +62,7 @@ class LocalExecutor:
             self._children[job.root] = subprocess.Popen(
                 [sys.executable, "-m", "simpletuner.jobs.runner", str(job.root)],
                 cwd=spec.workspace,
-                env=self._environment(devices),
+                env=runner_environment(self._environ, devices, num_slots=self._num_slots),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -57,20 +73,32 @@ class LocalExecutor:
         child = self._children.get(job.root)
         return (child is not None and child.poll() is None) or job.is_locked()
 
+    def refusal(self, job: JobDir) -> str | None:
+        """Spawning it was the beginning."""
+        return None
+
+    def lost_after_s(self, job: JobDir) -> float:
+        return LOST_AFTER_S if job.lock_path.exists() else SPAWN_GRACE_S
+
     def send(self, job: JobDir, command: Command) -> None:
         job.send(command)
+
+    def forget(self, job: JobDir, *, lost: bool) -> None:
+        """Nothing of it is left here but a child to reap."""
 
     def reap(self) -> None:
         self._children = {root: child for root, child in self._children.items() if child.poll() is None}
 
-    def _environment(self, devices: Sequence[Device]) -> dict[str, str]:
-        environ = dict(self._environ)
-        # The code of this server, wherever it was imported from, and never what lies in the workspace.
-        paths = [str(PACKAGE_ROOT), *filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))]
-        environ["PYTHONPATH"] = os.pathsep.join(str(Path(path).resolve()) for path in paths)
-        environ["PYTHONSAFEPATH"] = "1"
-        if self._num_slots > 1 and all(device.kind == "cpu" for device in devices):
-            # Slots of one processor share its cores: more threads than cores make every one of them slower.
-            environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self._num_slots)))
-        environ["CUDA_VISIBLE_DEVICES"] = ",".join(device.visible_id for device in devices if device.kind == "cuda")
-        return environ
+
+def runner_environment(environ: Mapping[str, str], devices: Sequence[Device], *, num_slots: int) -> dict[str, str]:
+    """Of a runner and its trainer on `devices`, of a machine that has `num_slots`."""
+    found = dict(environ)
+    # The code of this server, wherever it was imported from, and never what lies in the workspace.
+    paths = [str(PACKAGE_ROOT), *filter(None, found.get("PYTHONPATH", "").split(os.pathsep))]
+    found["PYTHONPATH"] = os.pathsep.join(str(Path(path).resolve()) for path in paths)
+    found["PYTHONSAFEPATH"] = "1"
+    if num_slots > 1 and all(device.kind == "cpu" for device in devices):
+        # Slots of one processor share its cores: more threads than cores make every one of them slower.
+        found.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_slots)))
+    found["CUDA_VISIBLE_DEVICES"] = ",".join(device.visible_id for device in devices if device.kind == "cuda")
+    return found

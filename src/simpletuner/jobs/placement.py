@@ -45,6 +45,9 @@ class Placement:
     def job_dir(self, job_id: str) -> JobDir:
         return JobDir(self.jobs_root / job_id)
 
+    def executor_of(self, job: JobRow) -> Executor:
+        return self._executor
+
     def limits(self) -> Limits:
         settings = self._store.settings.all()
         return Limits(

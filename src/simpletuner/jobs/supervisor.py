@@ -46,7 +46,7 @@ class Supervisor:
         self._placement = placement
         self._feed = feed
         self._clock = clock
-        self._watch = Watch(store, executor, clock)
+        self._watch = Watch(store, placement.executor_of, clock)
         self._lock = threading.RLock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._awake = asyncio.Event()
@@ -106,14 +106,14 @@ class Supervisor:
                 self._move(job, JobStatus.CANCELLED, mode, "Cancelled before it started")
             elif job.status in {JobStatus.STARTING, JobStatus.RUNNING}:
                 self._move(job, JobStatus.STOPPING, mode, f"Asked to {mode}")
-                self._executor.send(self._placement.job_dir(job_id), end_command(job, mode))
+                self._send(job, mode)
             elif (
                 job.status is JobStatus.STOPPING
                 and job.mode is not None
                 and (job.mode, mode) in STRONGER
                 and self._store.jobs.override_mode(job_id, from_mode=job.mode, to_mode=mode)
             ):
-                self._executor.send(self._placement.job_dir(job_id), end_command(job, mode))
+                self._send(job, mode)
             self.replan()
             return self._job(job_id)
 
@@ -205,6 +205,9 @@ class Supervisor:
     def _move(self, job: JobRow, to: JobStatus, mode: str, reason: str) -> None:
         move = Move(job_id=job.job_id, from_=job.status, to=to, attempt=job.attempt, mode=mode, reason=reason)
         self._store.jobs.move(move)
+
+    def _send(self, job: JobRow, mode: str) -> None:
+        self._placement.executor_of(job).send(self._placement.job_dir(job.job_id), end_command(job, mode))
 
     def _job(self, job_id: str) -> JobRow:
         job = self._store.jobs.get(job_id)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+from simpletuner.errors import ExitCode
 from simpletuner.events import EventType
 from simpletuner.job import Command, CommandName, ExitRecord, JobDir, JobStatus
 from simpletuner.jobs.executor import Executor
@@ -16,18 +17,13 @@ from simpletuner.store.event_row import StoredEvent
 from simpletuner.store.job_row import JobRow, Move
 from simpletuner.store.store import Store
 
-LOST_AFTER_S = 0.5
-"""A lock must be free for this long: askers share it for an instant, a runner needs one to take it."""
-SPAWN_GRACE_S = 10.0
-"""For a job whose runner never took the lock: perhaps its server died between the lease and the launch."""
-
 
 class Watch:
-    """`clock` is monotonic seconds."""
+    """`clock` is monotonic seconds. `executor_of` a job: whoever launched it."""
 
-    def __init__(self, store: Store, executor: Executor, clock: Callable[[], float]) -> None:
+    def __init__(self, store: Store, executor_of: Callable[[JobRow], Executor], clock: Callable[[], float]) -> None:
         self._store = store
-        self._executor = executor
+        self._executor_of = executor_of
         self._clock = clock
         self._free_since: dict[str, float] = {}
         self._known: set[str] = set()
@@ -35,18 +31,21 @@ class Watch:
     def observe(self, job: JobRow, folder: JobDir) -> list[StoredEvent]:
         """Returns the events that are new in the store."""
         # In this order: whoever is found gone has said everything before the journal is read.
-        alive = self._executor.is_alive(folder)
+        executor = self._executor_of(job)
+        alive = executor.is_alive(folder)
         record = folder.read_exit()
         fresh = self._store.events.tail(job.job_id, folder.journal_path)
         if job.status is JobStatus.STARTING:
             job = self._enter_loop(job, fresh)
         if record is not None and record.attempt == job.attempt:
-            self._end(job, record)
+            self._end(job, folder, record)
         elif alive:
             self._free_since.pop(job.job_id, None)
             self._resend(job, folder)
-        elif self._is_lost(job, folder):
-            self._end(job, None)
+        elif (refusal := executor.refusal(folder)) is not None:
+            self._give_back(job, folder, refusal)
+        elif self._is_lost(job, executor.lost_after_s(folder)):
+            self._end(job, folder, None)
         self._known.add(job.job_id)
         return fresh
 
@@ -62,17 +61,26 @@ class Watch:
         self._store.jobs.move(move)
         return self._store.jobs.get(job.job_id) or job
 
-    def _is_lost(self, job: JobRow, folder: JobDir) -> bool:
+    def _is_lost(self, job: JobRow, after_s: float) -> bool:
         now = self._clock()
         since = self._free_since.setdefault(job.job_id, now)
-        return now - since >= (LOST_AFTER_S if folder.lock_path.exists() else SPAWN_GRACE_S)
+        return now - since >= after_s
+
+    def _give_back(self, job: JobRow, folder: JobDir, refusal: str) -> None:
+        """Nobody took it: what was asked of it meanwhile is done, else it waits again, as the same attempt."""
+        if job.status is JobStatus.STOPPING:
+            self._end(job, folder, ExitRecord(code=ExitCode.STOPPED, attempt=job.attempt, message="It had not begun."))
+            return
+        move = Move(job_id=job.job_id, from_=job.status, to=JobStatus.QUEUED, attempt=job.attempt, reason=refusal)
+        if self._store.jobs.move(move):
+            self._forget(job, folder, lost=False)
 
     def _resend(self, job: JobRow, folder: JobDir) -> None:
         """A server may die between storing a request and sending it; repeats are ignored by their id."""
         if job.status is JobStatus.STOPPING and job.mode and job.job_id not in self._known:
-            self._executor.send(folder, end_command(job, job.mode))
+            self._executor_of(job).send(folder, end_command(job, job.mode))
 
-    def _end(self, job: JobRow, record: ExitRecord | None) -> None:
+    def _end(self, job: JobRow, folder: JobDir, record: ExitRecord | None) -> None:
         outcome = judge(
             status=job.status, mode=job.mode, record=record, attempt=job.attempt, max_attempts=job.max_attempts
         )
@@ -88,8 +96,12 @@ class Watch:
             exit=exit_summary(record) if record else None,
         )
         if self._store.jobs.move(move):
-            self._free_since.pop(job.job_id, None)
-            self._known.discard(job.job_id)
+            self._forget(job, folder, lost=record is None)
+
+    def _forget(self, job: JobRow, folder: JobDir, *, lost: bool) -> None:
+        self._free_since.pop(job.job_id, None)
+        self._known.discard(job.job_id)
+        self._executor_of(job).forget(folder, lost=lost)
 
 
 def end_command(job: JobRow, mode: str) -> Command:

@@ -87,7 +87,7 @@ def request_step(
     if job.status is not JobStatus.RUNNING:
         raise UserError("job_not_stepping", f"Job {job.job_id} is {job.status}: it takes no steps.")
     command = Command(command=CommandName(what))
-    core.placement.job_dir(job.job_id).send(command)
+    core.placement.executor_of(job).send(core.placement.job_dir(job.job_id), command)
     return RequestAnswer(
         message=f"Asked to {what} after the next step", job_id=job.job_id, request_id=command.request_id
     )
