@@ -22,7 +22,6 @@ from simpletuner.bench.memory import write_datasets
 from simpletuner.bench.scene import Scene
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.loader import Batch
-from simpletuner.data.plan import START
 from simpletuner.families.base import Family, build_family
 from simpletuner.families.registry import load_spec
 from simpletuner.families.weights import autocast_dtype
@@ -169,22 +168,11 @@ def batch_of(
     latents = torch.randn(count, job.channels, height // stride, width // stride, generator=generator, device=device)
     text = family.collate_text([family.longest_caption(denoiser)] * count)
     edits = any(flavour.edits_references for flavour in family.spec.flavours.values())
-    return Batch(
-        latents_BCHW=latents,
-        # Not zeros: a GPU multiplies those faster.
-        text={
-            name: torch.randn(some.shape, generator=generator, device=device).to(some.dtype)
-            for name, some in text.items()
-        },
-        samples=("",) * count,
-        visits=(0,) * count,
-        captions=("",) * count,
-        dataset_id="",
-        target=size,
-        position=START,
-        next_position=START,
-        references=(latents.clone(),) if edits else (),
-    )
+    # Not zeros: a GPU multiplies those faster.
+    filled = {
+        name: torch.randn(some.shape, generator=generator, device=device).to(some.dtype) for name, some in text.items()
+    }
+    return Batch.of_nobody(latents, filled, size, (latents.clone(),) if edits else ())
 
 
 class Work:

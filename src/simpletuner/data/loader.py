@@ -65,6 +65,25 @@ class Batch:
     others: Members | None = None
     """The whole group, where this rank's share is not all of it."""
 
+    @classmethod
+    def of_nobody(
+        cls, latents_BCHW: Tensor, text: dict[str, Tensor], target: Size, references: tuple[Tensor, ...] = ()
+    ) -> Batch:
+        """Of no dataset: for rehearsals and measurements, which look at shapes alone."""
+        count = len(latents_BCHW)
+        return cls(
+            latents_BCHW=latents_BCHW,
+            text=text,
+            samples=("",) * count,
+            visits=(0,) * count,
+            captions=("",) * count,
+            dataset_id="",
+            target=target,
+            position=START,
+            next_position=START,
+            references=references,
+        )
+
     @property
     def members(self) -> Members:
         return self.others or Members(self.samples, self.visits, self.captions)

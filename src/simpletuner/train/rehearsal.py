@@ -15,7 +15,6 @@ from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.geometry import Size
 from simpletuner.data.loader import Batch
 from simpletuner.data.manifest import Manifest
-from simpletuner.data.plan import START
 from simpletuner.data.prepare import MASK
 from simpletuner.families.base import build_family
 from simpletuner.families.spec import FamilySpec
@@ -166,17 +165,11 @@ class Rehearsal:
 
     def _batch(self, denoiser: nn.Module, count: int, size: Size, references: tuple[Size, ...]) -> Batch:
         entry = self._family.longest_caption(denoiser)
-        return Batch(
-            latents_BCHW=self._latent(count, size),
-            text=self._family.collate_text([entry] * count),
-            samples=("",) * count,
-            visits=(0,) * count,
-            captions=("",) * count,
-            dataset_id="",
-            target=size,
-            position=START,
-            next_position=START,
-            references=tuple(self._latent(count, reference) for reference in references),
+        return Batch.of_nobody(
+            self._latent(count, size),
+            self._family.collate_text([entry] * count),
+            size,
+            tuple(self._latent(count, reference) for reference in references),
         )
 
     def _latent(self, count: int, size: Size) -> Tensor:
