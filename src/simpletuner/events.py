@@ -44,6 +44,7 @@ class EventType(StrEnum):
     ERROR = "error"
     CONFIG_UPDATED = "config.updated"
     QUEUE_UPDATED = "queue.updated"
+    WORKER_STATUS = "worker.status"
 
 
 class Severity(StrEnum):
@@ -229,6 +230,7 @@ PAYLOADS: dict[EventType, type[BaseModel]] = {
     EventType.ERROR: NoticeData,
     EventType.CONFIG_UPDATED: AnyData,
     EventType.QUEUE_UPDATED: AnyData,
+    EventType.WORKER_STATUS: AnyData,
 }
 
 

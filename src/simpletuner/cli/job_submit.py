@@ -74,7 +74,7 @@ def submit(
         "for_approval": for_approval,
         "overrides": typed_options(set_ or ()),
     }
-    given = {"worker_labels": _labels(label), "priority": priority, "max_attempts": max_attempts}
+    given = {"worker_labels": read_labels(label), "priority": priority, "max_attempts": max_attempts}
     body |= {name: value for name, value in given.items() if value is not None}
     with flags.client() as client:
         answer = _enqueue(client, "/api/queue/submit", body)
@@ -164,7 +164,7 @@ def _wait(client: Client, job_id: str, flags: ServerFlags) -> int:
     return exit_of_job(job["status"])
 
 
-def _labels(written: Sequence[str] | None) -> dict[str, str] | None:
+def read_labels(written: Sequence[str] | None) -> dict[str, str] | None:
     if written is None:
         return None
     labels: dict[str, str] = {}

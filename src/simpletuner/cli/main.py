@@ -78,6 +78,7 @@ COMMANDS = {
     "jobs approve": ("simpletuner.cli.jobs:approve", "Let a job into the queue."),
     "jobs reject": ("simpletuner.cli.jobs:reject", "End a job that needs approval."),
     "devices": ("simpletuner.cli.devices:devices", "List a server's devices and who holds them."),
+    "worker": ("simpletuner.cli.worker:worker", "Run jobs of a server on this machine."),
     "schema": ("simpletuner.cli.schema:schema", "Print the JSON schema of all options."),
     "shutdown": ("simpletuner.cli.shutdown:shutdown", "End a server."),
     "completion": ("simpletuner.cli.completion:completion", "Print a script that completes commands in a shell."),

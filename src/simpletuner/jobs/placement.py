@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from simpletuner.job import ExitRecord, JobDir, JobStatus
 from simpletuner.jobs.device_memory import MemoryGauge
 from simpletuner.jobs.devices import Device
 from simpletuner.jobs.executor import Executor
-from simpletuner.jobs.scheduler import Candidate, Limits, Occupant, Start, Wait, plan
+from simpletuner.jobs.scheduler import LOCAL, WORKER, Candidate, Limits, Occupant, Start, Wait, plan
+from simpletuner.jobs.worker_slot import WorkerSlot
 from simpletuner.store.job_row import JobRow, Move, NewJob, Waiting
 from simpletuner.store.settings import FAIR_SHARE, GPU_MAX_CONCURRENT, JOB_MAX_CONCURRENT, USER_MAX_CONCURRENT
 from simpletuner.store.store import Store
@@ -35,18 +36,23 @@ class Placement:
         jobs_root: Path,
         *,
         gauge: MemoryGauge | None = None,
+        remote: Executor | None = None,
+        worker_slots: Callable[[], Sequence[WorkerSlot]] = tuple,
     ) -> None:
         self._store = store
         self._executor = executor
         self.devices = tuple(devices)
         self.jobs_root = jobs_root
         self._gauge = gauge
+        self._remote = remote
+        self._worker_slots = worker_slots
 
     def job_dir(self, job_id: str) -> JobDir:
         return JobDir(self.jobs_root / job_id)
 
     def executor_of(self, job: JobRow) -> Executor:
-        return self._executor
+        """Of where it runs or ran last."""
+        return self._executor if job.worker_id is None or self._remote is None else self._remote
 
     def limits(self) -> Limits:
         settings = self._store.settings.all()
@@ -64,15 +70,26 @@ class Placement:
         """
         now = datetime.now(UTC)
         waiting, holding = self._store.jobs.queue()
-        queue = [_candidate(job) for job in waiting]
+        queue = [
+            _candidate(
+                job,
+                job.position,
+                datetime.fromisoformat(job.queued_at),
+                is_paused=job.paused,
+                needs_approval=job.status == JobStatus.BLOCKED,
+            )
+            for job in waiting
+        ]
         if extra is not None:
-            queue.append(_new_candidate(extra, 1 + max((job.position for job in waiting), default=0), now))
+            last = max((job.position for job in waiting), default=0)
+            queue.append(_candidate(extra, last + 1, now, needs_approval=extra.requires_approval))
         running = [
             Occupant(
                 job_id=job.job_id,
                 devices=tuple(job.devices or ()),
                 output_dir=job.output_dir,
                 user_id=job.user_id or "",
+                worker_id=job.worker_id,
             )
             for job in holding
             if job.job_id not in without
@@ -80,7 +97,7 @@ class Placement:
         free_bytes: Mapping[int, int] = {}
         if self._gauge is not None and any(job.peak_bytes is not None for job in queue):
             free_bytes = self._gauge.free_bytes()
-        return plan(queue, running, self.devices, self.limits(), now, free_bytes)
+        return plan(queue, running, self.devices, self.limits(), now, free_bytes, self._worker_slots())
 
     def waits(self) -> dict[str, Wait]:
         return {answer.job_id: answer for answer in self.plan() if isinstance(answer, Wait)}
@@ -93,7 +110,7 @@ class Placement:
         for answer in answers:
             job = self._store.jobs.get(answer.job_id) if isinstance(answer, Start) else None
             if isinstance(answer, Start) and job is not None:
-                self._start(job, answer.devices)
+                self._start(job, answer)
         said = self._store.jobs.announced_waits()
         waits = {
             answer.job_id: JobWaitingData(
@@ -106,13 +123,28 @@ class Placement:
             self._store.jobs.announce_waits(waits)
         return answers
 
-    def _start(self, job: JobRow, devices: tuple[int, ...]) -> None:
+    def most_devices(self, target: str) -> int | None:
+        """Of the largest machine that is known for `target`; None where none is."""
+        here = [len(self.devices)] if target != WORKER else []
+        workers = self._worker_slots() if target != LOCAL else ()
+        return max([*here, *(worker.num_devices for worker in workers)], default=None)
+
+    def _start(self, job: JobRow, answer: Start) -> None:
         folder = self.job_dir(job.job_id)
+        devices = answer.devices
         self._prepare(folder, job, devices)
         leased = Move(
-            job_id=job.job_id, from_=JobStatus.QUEUED, to=JobStatus.STARTING, attempt=job.attempt, devices=devices
+            job_id=job.job_id,
+            from_=JobStatus.QUEUED,
+            to=JobStatus.STARTING,
+            attempt=job.attempt,
+            devices=devices,
+            worker_id=answer.worker_id,
         )
         if not self._store.jobs.move(leased):
+            return
+        if answer.worker_id is not None and self._remote is not None:
+            self._remote.start(folder, ())
             return
         try:
             self._executor.start(folder, [device for device in self.devices if device.index in devices])
@@ -157,11 +189,18 @@ def is_news(wait: Wait, said: Mapping[str, Any] | None) -> bool:
     return moved > 0 and (wait.position <= NEAR or moved * 10 >= said["position"])
 
 
-def _candidate(job: Waiting) -> Candidate:
+def _candidate(
+    job: Waiting | NewJob,
+    order: int,
+    queued_at: datetime,
+    *,
+    is_paused: bool = False,
+    needs_approval: bool = False,
+) -> Candidate:
     return Candidate(
         job_id=job.job_id,
-        order=job.position,
-        queued_at=datetime.fromisoformat(job.queued_at),
+        order=order,
+        queued_at=queued_at,
         priority=job.given_priority,
         num_devices=job.num_devices,
         preferred=tuple(job.preferred_devices),
@@ -169,24 +208,8 @@ def _candidate(job: Waiting) -> Candidate:
         output_dir=job.output_dir,
         user_id=job.user_id or "",
         target=job.target,
+        worker_labels=job.worker_labels or {},
         peak_bytes=job.peak_bytes,
-        is_paused=job.paused,
-        needs_approval=job.status == JobStatus.BLOCKED,
-    )
-
-
-def _new_candidate(job: NewJob, order: int, now: datetime) -> Candidate:
-    return Candidate(
-        job_id=job.job_id,
-        order=order,
-        queued_at=now,
-        priority=job.given_priority,
-        num_devices=job.num_devices,
-        preferred=job.preferred_devices,
-        any_gpu=job.any_gpu,
-        output_dir=job.output_dir,
-        user_id=job.user_id or "",
-        target=job.target,
-        peak_bytes=job.peak_bytes,
-        needs_approval=job.requires_approval,
+        is_paused=is_paused,
+        needs_approval=needs_approval,
     )

@@ -8,17 +8,19 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from heapq import heapify, heappop, heappush
 from itertools import groupby
 from typing import Literal
 
 from simpletuner.jobs.devices import Device
+from simpletuner.jobs.worker_choice import WorkerChoice
+from simpletuner.jobs.worker_slot import WorkerSlot
 
 AGEING_STEP_S = 600.0
 AGEING_MOST = 20
-WORKER = "worker"
+LOCAL, WORKER = "local", "worker"
 
 ReasonCode = Literal[
     "gpus_busy",
@@ -29,6 +31,7 @@ ReasonCode = Literal[
     "output_dir_busy",
     "behind_head",
     "no_matching_worker",
+    "workers_busy",
     "needs_approval",
     "paused",
 ]
@@ -48,6 +51,8 @@ class Candidate:
     output_dir: str = ""
     user_id: str = ""
     target: str = "auto"
+    worker_labels: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Label → glob that a worker must match."""
     peak_bytes: int | None = None
     """What it will need of each device; None where nobody knows."""
     is_paused: bool = False
@@ -65,12 +70,13 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Occupant:
-    """A job that holds devices."""
+    """A job that holds devices: of this machine, or of the worker `worker_id`."""
 
     job_id: str
     devices: tuple[int, ...]
     output_dir: str = ""
     user_id: str = ""
+    worker_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,12 +119,13 @@ def plan(
     limits: Limits,
     now: datetime,
     free_bytes: Mapping[int, int] | None = None,
+    workers: Sequence[WorkerSlot] = (),
 ) -> list[Start | Wait]:
     """One answer for each of `queue`, in the order in which they are served.
 
     `free_bytes`: memory that is free on each device which no job of ours holds, where that is known.
     """
-    board = _Board(running, devices, limits, free_bytes or {})
+    board = _Board(running, devices, limits, free_bytes or {}, workers)
     answers: list[Start | Wait] = []
     position = 0
     for job in _served(queue, board.running_of, now, fair_share=limits.fair_share):
@@ -173,15 +180,22 @@ class _Board:
     """The machine while a plan is made: what is used, and what the head has reserved."""
 
     def __init__(
-        self, running: Sequence[Occupant], devices: Sequence[Device], limits: Limits, free_bytes: Mapping[int, int]
+        self,
+        running: Sequence[Occupant],
+        devices: Sequence[Device],
+        limits: Limits,
+        free_bytes: Mapping[int, int],
+        workers: Sequence[WorkerSlot],
     ) -> None:
-        self._running = {job.job_id: job for job in running}
+        local = [job for job in running if job.worker_id is None]
+        self._workers = WorkerChoice(workers)
+        self._running = {job.job_id: job for job in local}
         self.running_of = Counter(job.user_id for job in running)
         self._indices = sorted(device.index for device in devices)
         self._existing = frozenset(self._indices)
         self._noun = "slot" if all(device.kind == "cpu" for device in devices) else "GPU"
         self._limits = limits
-        self._holder = {index: job.job_id for job in running for index in job.devices}
+        self._holder = {index: job.job_id for job in local for index in job.devices}
         self._output_dirs = {job.output_dir: job.job_id for job in running if job.output_dir}
         self._free = [index for index in self._indices if index not in self._holder]
         self._memory = _Memory(devices, frozenset(self._free), free_bytes)
@@ -191,6 +205,18 @@ class _Board:
         held = self._own_rule(job)
         if held is not None:
             return held
+        if job.target != LOCAL:
+            worker_id = self._workers.take(job)
+            if worker_id is not None:
+                self._count_in(job)
+                return Start(job.job_id, tuple(range(job.num_devices)), worker_id)
+            if job.target == WORKER or job.num_devices > len(self._indices):
+                # It waits for a worker alone, and stands in nobody's way here.
+                self._claim_folder(job)
+                return self._workers.why(job)
+        held = self._device_rule(job)
+        if held is not None:
+            return held
         refusal = self._backfill_refusal(job, self._head) if self._head else self._limit_refusal(job)
         if refusal is None:
             chosen = self._choose(job)
@@ -198,9 +224,7 @@ class _Board:
                 self._take(job, chosen)
                 return Start(job.job_id, chosen)
             refusal = ("gpus_busy", self._busy_reason(job))
-        # A later job must not take the folder from under one that waits for devices.
-        if job.output_dir:
-            self._output_dirs[job.output_dir] = job.job_id
+        self._claim_folder(job)
         if self._head is None:
             self._become_head(job, refusal)
         return refusal
@@ -211,14 +235,16 @@ class _Board:
             return "needs_approval", "Waits for somebody's approval."
         if job.is_paused:
             return "paused", "Paused, until it is resumed."
-        if job.target == WORKER:
-            return "no_matching_worker", "Needs a worker; none is registered."
         if job.output_dir in self._output_dirs:
             holder = self._output_dirs[job.output_dir]
             return "output_dir_busy", f"Output folder {job.output_dir} is used by job {holder}."
         most = self._limits.max_jobs_per_user
         if most is not None and self.running_of[job.user_id] >= most:
             return "user_limit", f"{self.running_of[job.user_id]} of at most {most} jobs of this user are running."
+        return None
+
+    def _device_rule(self, job: Candidate) -> _Refusal | None:
+        """What no job of ours that ends will change."""
         if job.preferred and not self._existing.issuperset(job.wanted):
             missing = next(index for index in job.wanted if index not in self._existing)
             return "gpus_busy", f"Needs {self._noun} {missing}, which does not exist here."
@@ -286,10 +312,18 @@ class _Board:
         self._running[job.job_id] = Occupant(
             job_id=job.job_id, devices=chosen, output_dir=job.output_dir, user_id=job.user_id
         )
-        self.running_of[job.user_id] += 1
+        self._count_in(job)
         self._holder |= dict.fromkeys(chosen, job.job_id)
         for index in chosen:
             del self._free[bisect_left(self._free, index)]
+
+    def _count_in(self, job: Candidate) -> None:
+        """It runs, wherever."""
+        self.running_of[job.user_id] += 1
+        self._claim_folder(job)
+
+    def _claim_folder(self, job: Candidate) -> None:
+        """A later job must not take it from under one that waits for devices."""
         if job.output_dir:
             self._output_dirs[job.output_dir] = job.job_id
 

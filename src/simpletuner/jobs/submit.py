@@ -11,7 +11,7 @@ from simpletuner.config.webhook import frozen_endpoints
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.job import JobDir, JobSpec, JobStatus, new_job_id
 from simpletuner.jobs.placement import Placement
-from simpletuner.jobs.scheduler import WORKER, Start, Wait
+from simpletuner.jobs.scheduler import Start, Wait
 from simpletuner.jobs.supervisor import Supervisor
 from simpletuner.store.job_row import Claim, JobRow, NewJob
 from simpletuner.store.store import Store
@@ -119,8 +119,8 @@ def _foresee(
     submission: Submission, new: NewJob, placement: Placement, *, only_refusal: bool = False
 ) -> Start | Wait | Refused | None:
     """With `only_refusal`, nothing is planned for a job that will wait if it has to."""
-    most = len(placement.devices)
-    if new.num_devices > most and new.target != WORKER:
+    most = placement.most_devices(new.target)
+    if most is not None and new.num_devices > most:
         noun = "slots" if all(device.kind == "cpu" for device in placement.devices) else "GPUs"
         reason = f"Needs {new.num_devices} {noun}; the largest machine has {most}."
         return Refused(f"Not enough {noun}", reason, "Lower num_processes.")
@@ -137,6 +137,7 @@ _NO_ROOM = {
     "behind_head": "No free GPU",
     "gpu_memory": "No GPU with enough free memory",
     "no_matching_worker": "No worker",
+    "workers_busy": "No free worker",
 }
 
 

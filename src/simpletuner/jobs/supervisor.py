@@ -40,12 +40,16 @@ class Supervisor:
         feed: Feed,
         *,
         clock: Callable[[], float] = time.monotonic,
+        each_second: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`each_second` looks after workers; whether the queue is to be planned anew."""
         self._store = store
         self._executor = executor
         self._placement = placement
         self._feed = feed
         self._clock = clock
+        self._each_second = each_second
+        self._last_second = float("-inf")
         self._watch = Watch(store, placement.executor_of, clock)
         self._lock = threading.RLock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -73,6 +77,7 @@ class Supervisor:
             active = self._store.jobs.with_status(ACTIVE)
             for job in active:
                 self._guard(f"looking at job {job.job_id}", self._observe, job, fresh)
+            self._guard("looking at workers", self._look_at_workers)
             still_active = self._store.jobs.with_status(ACTIVE)
             if self._plan_is_due(changed=len(still_active) != len(active)):
                 self._guard("planning the queue", self._placement.place)
@@ -81,6 +86,11 @@ class Supervisor:
             self._num_active = len(self._store.jobs.with_status(ACTIVE))
             self._last_tick = self._clock()
         return fresh
+
+    def _look_at_workers(self) -> None:
+        if self._clock() - self._last_second >= PLAN_EVERY_S:
+            self._last_second = self._clock()
+            self._requested |= self._each_second()
 
     def _plan_is_due(self, *, changed: bool) -> bool:
         """At every end and request, and each second: priorities age, and memory that others hold comes free.

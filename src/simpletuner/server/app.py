@@ -18,6 +18,7 @@ from simpletuner.server.errors import add_error_handlers, error_responses
 from simpletuner.server.query import refuse_unknown_query
 from simpletuner.server.rights import check_right
 from simpletuner.server.routes import (
+    admin_workers,
     audit,
     auth,
     configs,
@@ -35,6 +36,7 @@ from simpletuner.server.routes import (
     metrics,
     queue,
     registration,
+    storage,
     system,
     training,
     training_control,
@@ -43,6 +45,8 @@ from simpletuner.server.routes import (
     users,
     webhook_files,
     webhooks,
+    worker_jobs,
+    workers,
 )
 from simpletuner.server.security import Security
 from simpletuner.server.settings import ServerSettings
@@ -129,6 +133,10 @@ def _add_routes(app: FastAPI) -> None:
     app.include_router(users.router)
     app.include_router(audit.router)
     app.include_router(registration.router)
+    app.include_router(admin_workers.router)
+    app.include_router(workers.router)
+    app.include_router(worker_jobs.router)
+    app.include_router(storage.router)
     for router in (auth.router, keys.router):
         app.include_router(router, prefix="/api/cloud/auth")
         app.include_router(router, prefix="/api/auth", include_in_schema=False)

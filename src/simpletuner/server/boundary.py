@@ -26,6 +26,7 @@ SECURITY_HEADERS = {
 JSON_BYTES = 2 * 2**20
 FORM_BYTES = 4 * 2**20
 UPLOADS = frozenset({"/api/datasets/upload", "/api/datasets/upload/zip"})
+STORAGE = "/api/cloud/storage/"
 UPLOAD_PARTS = "/api/datasets/upload/sessions/"
 
 
@@ -105,6 +106,8 @@ def _request_id(headers: Headers) -> str:
 
 def _is_upload(scope: Scope) -> bool:
     path = scope["path"]
+    if path.startswith(STORAGE) and scope["method"] == "PUT":
+        return not path.endswith("/outputs.json")
     return path in UPLOADS or (path.startswith(UPLOAD_PARTS) and scope["method"] == "PUT")
 
 

@@ -19,8 +19,13 @@ from simpletuner.jobs.device_memory import MemoryGauge
 from simpletuner.jobs.devices import read_inventory
 from simpletuner.jobs.executor import LocalExecutor
 from simpletuner.jobs.feed import Feed
+from simpletuner.jobs.fleet import Fleet
 from simpletuner.jobs.foreground import ForegroundOutbox
+from simpletuner.jobs.job_token import JobTokens
+from simpletuner.jobs.leases import Leases
 from simpletuner.jobs.placement import Placement
+from simpletuner.jobs.remote import RemoteExecutor
+from simpletuner.jobs.shipment import Shipments
 from simpletuner.jobs.supervisor import Supervisor
 from simpletuner.jobs.webhook_post import Poster
 from simpletuner.jobs.webhook_target import TargetRules
@@ -28,6 +33,7 @@ from simpletuner.jobs.webhooks import Courier
 from simpletuner.server.accounts import Accounts
 from simpletuner.server.deep import DeepValidation
 from simpletuner.server.identity import Identity
+from simpletuner.server.input_shelf import InputShelf
 from simpletuner.server.ledger import LedgerScans
 from simpletuner.server.rate_limit import RateLimiter
 from simpletuner.server.settings import ServerSettings
@@ -57,6 +63,12 @@ class Core:
     reception: Reception
     ledgers: LedgerScans
     deep: DeepValidation
+    fleet: Fleet
+    leases: Leases
+    remote: RemoteExecutor
+    job_tokens: JobTokens
+    shipments: Shipments = field(default_factory=Shipments)
+    inputs: InputShelf = field(default_factory=InputShelf)
     limiter: RateLimiter = field(default_factory=RateLimiter)
     started_at: float = field(default_factory=time.monotonic)
     served_since: str = field(default_factory=utc_now)
@@ -75,11 +87,16 @@ class Core:
         )
         devices = read_inventory(settings.devices, environ)
         executor = LocalExecutor(environ, num_slots=len(devices))
+        fleet = Fleet(store, settings.timers)
+        leases = Leases(settings.timers.lease_s, store.assignments.live())
+        remote = RemoteExecutor(store, leases, fleet)
         gauge = None if settings.devices.strip().startswith("[") else MemoryGauge(devices)
-        placement = Placement(store, executor, devices, settings.jobs_root, gauge=gauge)
+        placement = Placement(
+            store, executor, devices, settings.jobs_root, gauge=gauge, remote=remote, worker_slots=fleet.slots
+        )
         placement.remove_strays()
         feed = Feed()
-        supervisor = Supervisor(store, executor, placement, feed)
+        supervisor = Supervisor(store, executor, placement, feed, each_second=fleet.round)
         rules = TargetRules(allow_private=settings.webhook_allow_private, own_port=settings.port)
         poster = Poster(rules)
         foreground = ForegroundOutbox.open(settings.foreground_root)
@@ -102,6 +119,10 @@ class Core:
             reception=reception,
             ledgers=LedgerScans(settings.workspace, environ),
             deep=DeepValidation(settings.workspace, environ),
+            fleet=fleet,
+            leases=leases,
+            remote=remote,
+            job_tokens=JobTokens.open(settings.state_dir / "job-token-key"),
         )
 
     def job(self, job_id: str) -> JobRow:
@@ -129,6 +150,7 @@ class Core:
         self.supervisor.wake()
 
     def close(self) -> None:
+        self.inputs.close()
         self.foreground.close()
         self.store.close()
 

@@ -85,6 +85,8 @@ def show_jobs(core: Core, rows: Sequence[JobRow]) -> list[JobView]:
             max_attempts=row.max_attempts,
             retry_of=row.retry_of,
             allocated_gpus=None if row.devices is None else list(row.devices),
+            worker_id=row.worker_id,
+            provider="local" if row.worker_id is None else "worker",
             queue_position=waits[row.job_id].position if row.job_id in waits else None,
             priority=row.given_priority,
             progress=progress.get(row.job_id),

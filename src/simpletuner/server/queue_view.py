@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
@@ -35,6 +36,7 @@ DEFAULTS: Mapping[str, int | bool | None] = {
     USER_MAX_CONCURRENT: None,
     FAIR_SHARE: False,
 }
+COUNTED = ("idle", "busy", "offline", "draining", "quarantined")
 NUM_WAITS = 200
 """Of so many jobs that started last, the wait is averaged."""
 
@@ -99,7 +101,7 @@ class LocalStats(BaseModel):
 
 
 class WorkerStats(BaseModel):
-    """All 0: no worker can be registered yet."""
+    """Of those that ever registered; one that is connecting counts in the total alone."""
 
     total_workers: int = 0
     idle_workers: int = 0
@@ -212,8 +214,14 @@ def show_stats(core: Core, identity: Identity) -> QueueStats:
             max_concurrent_gpus=limits.local_gpu_max_concurrent,
             max_concurrent_jobs=limits.local_job_max_concurrent,
         ),
-        workers=WorkerStats(),
+        workers=_count_workers(core),
     )
+
+
+def _count_workers(core: Core) -> WorkerStats:
+    statuses = Counter(slot.status for slot in core.fleet.slots())
+    counts = {f"{status}_workers": statuses[status] for status in COUNTED}
+    return WorkerStats(total_workers=statuses.total(), **counts)
 
 
 def _num_for_workers(core: Core) -> int:

@@ -50,6 +50,11 @@ def needs(*permissions: str) -> Any:
     return Depends(Needs(*permissions))
 
 
+def agents() -> Any:
+    """For the `dependencies` of a route of workers and runners, which looks at their own tokens (api.md §1.2, 3)."""
+    return Depends(Needs())
+
+
 def public() -> Any:
     """For the `dependencies` of a route that looks at no right."""
     return Depends(Needs())

@@ -27,6 +27,8 @@ PUBLIC_DOCS = frozenset({"/docs", "/redoc", "/openapi.json"})
 LOGIN_PAGE = "/login"
 LOGIN_STYLE = "/login/style.css"
 AUTH_PREFIXES = ("/api/cloud/auth/", "/api/auth/")
+AGENT_PREFIXES = ("/api/workers/", "/api/cloud/storage/")
+"""Workers and their runners, whose tokens the routes look at; no other credential opens these."""
 BEFORE_SETUP = frozenset({"setup/status", "setup/first-admin"})
 PUBLIC_AUTH = BEFORE_SETUP | {"login", "logout", "register"}
 AUTH_CHECK = "check"
@@ -69,6 +71,9 @@ async def admit(scope: Scope, settings: ServerSettings, accounts: Accounts, limi
     if settings.allowed_hosts and host not in settings.allowed_hosts:
         raise UserError("host_not_allowed", f"This server does not answer for host {host or '(none)'}.")
     has_admin = accounts.has_admin()
+    if scope["path"].startswith(AGENT_PREFIXES):
+        _check_origin(scope, headers, settings)
+        return None
     is_open = open_loopback and settings.open_loopback and (settings.trust_loopback or not has_admin)
     try:
         identity = await _identify(scope, headers, settings, accounts, is_open=is_open, has_admin=has_admin)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from simpletuner.config.sources import parse_boolean
 from simpletuner.errors import UserError
+from simpletuner.jobs.fleet import WorkerTimers
 from simpletuner.server.peer import Network, parse_networks
 
 DEFAULT_HOST = "0.0.0.0"
@@ -15,6 +16,8 @@ DEFAULT_PORT = 8001
 DEFAULT_STOP_GRACE_S = 600.0
 DEFAULT_AUDIT_DAYS = 90
 DEFAULT_UPLOAD_BYTES = 10 << 30
+DEFAULT_HEARTBEAT_S = 30.0
+DEFAULT_LEASE_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,9 @@ class ServerSettings:
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
     makes_certificate: bool = False
+    timers: WorkerTimers = field(default_factory=WorkerTimers)
+    worker_secrets: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Variables of this server that the trainers of workers get."""
 
     @classmethod
     def read(
@@ -78,6 +84,8 @@ class ServerSettings:
             ssl_certfile=certfile,
             ssl_keyfile=keyfile,
             makes_certificate=makes_certificate,
+            timers=source.timers(),
+            worker_secrets=source.variables("worker_secrets"),
         )
 
     @property
@@ -135,6 +143,33 @@ class _Source:
         if self.switch("ssl", default=False):
             return state_dir / "tls-cert.pem", state_dir / "tls-key.pem", True
         return None, None, False
+
+    def seconds(self, name: str, default: float) -> float:
+        text = self.text(name)
+        try:
+            value = default if text is None else float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value < float("inf"):
+            raise UserError("invalid_config", f"{name} is a number of seconds, not {text!r}.", hint="For example 30.")
+        return value
+
+    def timers(self) -> WorkerTimers:
+        """Raises UserError where renewals would come too late (api.md §5)."""
+        timers = WorkerTimers(
+            self.seconds("heartbeat_s", DEFAULT_HEARTBEAT_S), self.seconds("lease_s", DEFAULT_LEASE_S)
+        )
+        if timers.heartbeat_s > timers.lease_s / 4:
+            message = f"heartbeat_s {timers.heartbeat_s:g} is more than a quarter of lease_s {timers.lease_s:g}."
+            raise UserError(
+                "invalid_config", message, hint="Raise SIMPLETUNER_LEASE_S or lower SIMPLETUNER_HEARTBEAT_S."
+            )
+        return timers
+
+    def variables(self, name: str) -> Mapping[str, str]:
+        """Those of the environment that the comma list `name` holds."""
+        wanted = [part.strip() for part in (self.text(name) or "").split(",") if part.strip()]
+        return {variable: self.environ[variable] for variable in wanted if variable in self.environ}
 
     def names(self, name: str) -> tuple[str, ...]:
         return tuple(part.strip().lower() for part in (self.text(name) or "").split(",") if part.strip())

@@ -18,6 +18,7 @@ DELETE = "job.delete"
 SERVER_EVENTS: Mapping[EventType, str] = {
     EventType.CONFIG_UPDATED: "config.view",
     EventType.QUEUE_UPDATED: "queue.view",
+    EventType.WORKER_STATUS: "admin.workers",
 }
 """The permission to see those of no job."""
 

@@ -16,12 +16,14 @@ from simpletuner.store.outbox import Outbox
 from simpletuner.store.settings import SettingStore
 from simpletuner.store.users import UserStore
 from simpletuner.store.webhooks import WebhookStore
+from simpletuner.store.workers import WorkerStore
 
 
 @dataclass(frozen=True, slots=True)
 class Store:
     database: Database
     jobs: JobStore
+    workers: WorkerStore
     assignments: AssignmentStore
     claims: ClaimStore
     outbox: Outbox
@@ -40,6 +42,7 @@ class Store:
         return cls(
             database=database,
             jobs=JobStore(database),
+            workers=WorkerStore(database),
             assignments=AssignmentStore(database),
             claims=ClaimStore(database),
             outbox=Outbox(database),
