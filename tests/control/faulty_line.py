@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Coroutine
 from contextlib import suppress
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class FaultyLine:
@@ -28,12 +32,19 @@ class FaultyLine:
         self._run(self._set(is_open=True))
 
     def close(self) -> None:
-        self._run(self._set(is_open=False))
+        self._run(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
 
-    def _run(self, what):  # noqa: ANN001, ANN202
+    def _run(self, what: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(what, self._loop).result(timeout=10)
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
 
     async def _listen(self) -> int:
         server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -49,15 +60,15 @@ class FaultyLine:
             self._open.clear()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
+        pipes = {writer}
+        with suppress(OSError, asyncio.CancelledError):
             there = await asyncio.open_connection("127.0.0.1", self._target)
-            self._pipes |= {writer, there[1]}
-            try:
-                await asyncio.gather(self._pass(reader, there[1]), self._pass(there[0], writer))
-            finally:
-                for pipe in (writer, there[1]):
-                    pipe.close()
-                    self._pipes.discard(pipe)
+            pipes.add(there[1])
+            self._pipes |= pipes
+            await asyncio.gather(self._pass(reader, there[1]), self._pass(there[0], writer))
+        for pipe in pipes:
+            pipe.close()
+        self._pipes -= pipes
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):

@@ -24,7 +24,7 @@ from simpletuner.worker.link import Link, Refused, Unreachable
 
 log = logging.getLogger(__name__)
 
-POLL_S = 20.0
+POLL_S, SLACK_S = 20.0, 10.0
 RECONNECT_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 UNUSED_S = 7 * 24 * 3600.0
 
@@ -43,6 +43,10 @@ class WorkerSettings:
     devices: str = "auto"
 
 
+class _ToldToGo(Exception):
+    """By a signal, while the main thread waits for the server."""
+
+
 class Agent:
     """`run` until SIGTERM or the server's word. It holds no truth: a new one finds the jobs of the last."""
 
@@ -53,6 +57,7 @@ class Agent:
         self._environ = environ
         self._say = say
         self._over = threading.Event()
+        self._interruptible = False
         self._keepers: list[subprocess.Popen[bytes]] = []
         self._heartbeat_s = 30.0
 
@@ -92,20 +97,28 @@ class Agent:
 
     def _poll(self, link: Link, worker_id: str) -> list[dict[str, Any]]:
         params = {"worker_id": worker_id, "wait": POLL_S}
-        return link.ask("GET", "/api/workers/queue", held_s=POLL_S, params=params).json()["messages"]
+        return link.ask("GET", "/api/workers/queue", within_s=POLL_S + SLACK_S, params=params).json()["messages"]
 
     def _patiently(self, step: Callable[[], Any]) -> Any:
         """Until it works, with longer pauses. None where this worker is to end first."""
+        self._interruptible = True
+        try:
+            return self._retried(step)
+        except _ToldToGo:
+            return None
+        finally:
+            self._interruptible = False
+
+    def _retried(self, step: Callable[[], Any]) -> Any:
         tries = 0
         while not self._over.is_set():
             try:
                 return step()
             except Unreachable as error:
-                pause_s = RECONNECT_S[min(tries, len(RECONNECT_S) - 1)]
                 if tries == 0:
                     self._say(f"The server cannot be reached ({error}): trying again.")
+                self._over.wait(RECONNECT_S[min(tries, len(RECONNECT_S) - 1)])
                 tries += 1
-                self._over.wait(pause_s)
         return None
 
     def _act(self, message: dict[str, Any]) -> None:
@@ -188,6 +201,9 @@ class Agent:
 
     def _on_term(self, _signal: int, _frame: object) -> None:
         self._over.set()
+        if self._interruptible:
+            # Out of a call that the server holds open.
+            raise _ToldToGo
 
 
 def gpu_info(devices: list[Device]) -> dict[str, Any]:

@@ -205,7 +205,7 @@ class Keeper:
                 answer = link.renew(held_s)
             except Unreachable:
                 held_s = 0.0
-                self._done.wait(RETRY_S)
+                self._done.wait(min(RETRY_S, self._assignment.lease_s / 20))
                 continue
             except Refused:
                 self._clock.lose()

@@ -14,8 +14,6 @@ from simpletuner.worker.assignment import Assignment
 
 CONNECT_S = 10.0
 ANSWER_S = 60.0
-SLACK_S = 10.0
-"""Beyond what a call asks the server to hold it open."""
 
 
 class Unreachable(Exception):
@@ -47,10 +45,10 @@ class Link:
     def close(self) -> None:
         self._http.close()
 
-    def ask(self, method: str, path: str, *, held_s: float = 0.0, **more: Any) -> httpx2.Response:
-        """Raises Unreachable, or Refused."""
-        if held_s:
-            more["timeout"] = httpx2.Timeout(held_s + SLACK_S, connect=CONNECT_S)
+    def ask(self, method: str, path: str, *, within_s: float | None = None, **more: Any) -> httpx2.Response:
+        """Raises Unreachable, or Refused. `within_s`: in which the answer must begin."""
+        if within_s is not None:
+            more["timeout"] = httpx2.Timeout(within_s, connect=min(within_s, CONNECT_S))
         try:
             answer = self._http.request(method, path, **more)
         except httpx2.TransportError as error:
@@ -94,6 +92,7 @@ class JobLink:
         self._epoch = assignment.epoch
         self._job = f"/api/workers/job/{assignment.job_id}"
         self._storage = assignment.upload_endpoint
+        self._patience_s = assignment.lease_s / 12
 
     def close(self) -> None:
         self._link.close()
@@ -103,8 +102,10 @@ class JobLink:
         return self._link.ask("POST", f"{self._job}/ack", json=body).json()
 
     def renew(self, wait_s: float) -> dict[str, Any]:
+        """Of a line that is dead it must be known soon, so that there is time for another."""
         body = {"epoch": self._epoch, "wait": wait_s}
-        return self._link.ask("POST", f"{self._job}/lease", held_s=wait_s, json=body).json()
+        within_s = wait_s + self._patience_s
+        return self._link.ask("POST", f"{self._job}/lease", within_s=within_s, json=body).json()
 
     def end(self, record: dict[str, Any]) -> None:
         self._link.ask("POST", f"{self._job}/status", json={"epoch": self._epoch, "status": "ended", "exit": record})
