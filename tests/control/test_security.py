@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from simpletuner.errors import UserError
 from simpletuner.server.accounts import Accounts
 from simpletuner.server.identity import LOCAL
 from simpletuner.server.rate_limit import RateLimiter
+from simpletuner.server.run import bind
 from simpletuner.server.security import admit
 from simpletuner.server.settings import ServerSettings
 from simpletuner.store.store import Store
@@ -145,3 +147,13 @@ def test_security_headers_are_everywhere(shared_server: ServerProcess) -> None:
         assert headers["X-Frame-Options"] == "DENY"
         assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
         assert (headers.get("Cache-Control") == "no-store") is path.startswith("/api")
+
+
+def test_answers_are_not_held_back() -> None:
+    """asyncio turns Nagle's delay off for sockets whose protocol is named: else a body comes 40 ms after its headers."""
+    served = settings(host="127.0.0.1", port=0)
+    with bind(served) as listening, socket.create_connection(listening.getsockname()):
+        listening.listen()
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.proto == socket.IPPROTO_TCP

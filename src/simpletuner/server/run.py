@@ -40,7 +40,7 @@ def run_server(
     if environment is not None:
         check_environment(settings, environment)
     inherited = os.environ if environ is None else environ
-    with _own_state(settings), _bind(settings) as listening, closing(Core.build(settings, inherited)) as core:
+    with _own_state(settings), bind(settings) as listening, closing(Core.build(settings, inherited)) as core:
         _prepare_tls(settings)
         server = _Server(settings, core, environment)
         asyncio.run(server.serve(sockets=[listening]))
@@ -138,9 +138,10 @@ def _prepare_tls(settings: ServerSettings) -> None:
 
 
 @contextmanager
-def _bind(settings: ServerSettings) -> Generator[socket.socket]:
+def bind(settings: ServerSettings) -> Generator[socket.socket]:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    # Its protocol is named so that asyncio turns Nagle's delay off: else an answer's body is 40 ms behind its headers.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((settings.host, settings.port))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from simpletuner.checkpoints import BEST, MANIFEST, hash_file, list_checkpoints
 from simpletuner.events import read_journal
@@ -57,82 +56,76 @@ class Record:
                 self._artifacts.add(path.name)
 
     def _append(self, link: JobLink, what: str, path: Path, start: int, sent: int, *, whole_lines: bool = False) -> int:
-        while content := _next_part(path, sent - start, whole_lines=whole_lines):
+        """What is there now: to run after one that grows all the time would leave the other behind."""
+        end = path.stat().st_size if path.exists() else 0
+        while sent - start < end:
+            content = read_part(path, sent - start, min(BATCH, end - (sent - start)))
+            if whole_lines:
+                content = content[: content.rfind(b"\n") + 1] or next(iter(_line_at(path, sent - start)), b"")
+            if not content:
+                break
             try:
                 sent = link.append(what, content, sent)
             except Refused as refused:
-                if refused.code != "offset_mismatch":
+                told = refused.hint.rpartition(" ")[2]
+                if refused.code != "offset_mismatch" or not told.isdigit() or int(told) == sent:
                     raise
                 # An answer was lost: the server says where it is.
-                sent = int(refused.hint.rpartition(" ")[2])
+                sent = int(told)
         return sent
 
 
-def _next_part(path: Path, first: int, *, whole_lines: bool) -> bytes:
-    if not path.exists():
-        return b""
-    content = read_part(path, first, BATCH)
-    if whole_lines and not content.endswith(b"\n"):
-        end = content.rfind(b"\n") + 1
-        # A line longer than a part goes alone.
-        content = content[:end] or (read_journal_line(path, first) if content else b"")
-    return content
-
-
-def read_journal_line(path: Path, first: int) -> bytes:
-    return next((line for _, line in read_journal(path, first)), b"")
+def _line_at(path: Path, first: int) -> list[bytes]:
+    """One that is longer than a batch goes alone."""
+    return [line for _, line in islice(read_journal(path, first), 1)]
 
 
 class OutputSync:
-    """The output folder: its complete checkpoints while the job runs, all of it at the end."""
+    """The output folder: its newest checkpoint while the job runs, all of it at the end."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         self._hashes: dict[tuple[str, int, int], str] = {}
-        self._told: dict[str, Any] = {}
+        self._sent: list[str] = []
 
     def checkpoints(self, link: JobLink) -> None:
-        """Nothing where none is new. A checkpoint that is pruned meanwhile is left to the next call."""
+        """The newest complete one and the best, where they are new. The trainer may prune them meanwhile."""
         output = self._folder.output
-        complete = [each.path for each in list_checkpoints(output) if each.manifest is not None]
-        names = sorted(path.name for path in complete)
-        if not names or names == self._told.get("names"):
+        complete = [each.name for each in list_checkpoints(output) if each.manifest is not None]
+        best = output / BEST
+        names = list(dict.fromkeys([*complete[:1], *([best.readlink().name] if best.is_symlink() else [])]))
+        if not names or names == self._sent:
             return
+        copies = self._folder.path / "snapshot"
+        shutil.rmtree(copies, ignore_errors=True)
         try:
-            files = [file for path in complete for file in _files(output, path)]
-            self._publish(link, [*files, *self._snapshot()])
-        except FileNotFoundError:
+            for name in names:
+                shutil.copytree(output / name, copies / name, copy_function=_link_or_copy)
+        except (FileNotFoundError, shutil.Error):
+            # One was pruned just now: there is a newer one.
             return
-        self._told["names"] = names
+        self._copy_small(copies)
+        self._publish(link, copies, best=names[1] if len(names) > 1 else names[0] if best.is_symlink() else None)
+        self._sent = names
+        shutil.rmtree(copies)
 
     def everything(self, link: JobLink) -> None:
         """When the trainer is gone."""
-        output = self._folder.output
-        hidden = (path for path in output.rglob("*") if path.relative_to(output).parts[0].startswith("."))
-        left_out = set(hidden)
-        files = [path for path in sorted(output.rglob("*")) if path.is_file() and path not in left_out]
-        best = output / BEST
-        self._publish(link, [(path, path) for path in files if best not in path.parents])
+        best = self._folder.output / BEST
+        self._publish(link, self._folder.output, best=best.readlink().name if best.is_symlink() else None)
 
-    def _snapshot(self) -> list[tuple[Path, Path]]:
-        """Small files beside the checkpoints, such as the metrics, as they are now: the trainer goes on writing."""
-        copies = self._folder.path / "snapshot"
-        copies.mkdir(exist_ok=True)
-        found: list[tuple[Path, Path]] = []
-        for path in sorted(self._folder.output.iterdir()):
+    def _copy_small(self, copies: Path) -> None:
+        """Files beside the checkpoints, such as the metrics, as they are now: the trainer goes on writing."""
+        for path in self._folder.output.iterdir():
             if path.is_file() and not path.name.startswith(".") and path.stat().st_size <= SMALL_BYTES:
-                found.append((path, Path(shutil.copy2(path, copies / path.name))))
-        return found
+                shutil.copy2(path, copies / path.name)
 
-    def _publish(self, link: JobLink, files: Iterable[tuple[Path, Path]]) -> None:
-        """`files`: where each is in the output folder, and where its bytes are."""
-        output = self._folder.output
-        sources = {str(path.relative_to(output)): source for path, source in files}
-        hashes = {name: self._hash(source) for name, source in sources.items()}
-        listed = {name: {"bytes": source.stat().st_size, "sha256": hashes[name]} for name, source in sources.items()}
-        best = output / BEST
-        body = {"files": listed, "best": best.readlink().name if best.is_symlink() else None}
-        while missing := link.publish(body):
+    def _publish(self, link: JobLink, root: Path, *, best: str | None) -> None:
+        """What is in `root`, as if it were the output folder."""
+        sources = {str(path.relative_to(root)): path for path in _files(root)}
+        hashes = {name: self._hash(path) for name, path in sources.items()}
+        listed = {name: {"bytes": path.stat().st_size, "sha256": hashes[name]} for name, path in sources.items()}
+        while missing := link.publish({"files": listed, "best": best}):
             for name in missing:
                 send_file(link, f"output/{name}", sources[name], hashes[name])
 
@@ -145,17 +138,29 @@ class OutputSync:
         return self._hashes[key]
 
 
-def _files(output: Path, checkpoint: Path) -> list[tuple[Path, Path]]:
-    return [(path, path) for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+def _files(root: Path) -> list[Path]:
+    """In order of name; neither hidden ones nor the link to the best checkpoint."""
+    found: list[Path] = []
+    for entry in sorted(root.iterdir()):
+        if entry.name.startswith(".") or entry.is_symlink():
+            continue
+        found += [entry] if entry.is_file() else [path for path in sorted(entry.rglob("*")) if path.is_file()]
+    return found
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
 
 
 def _told_hash(path: Path) -> str | None:
+    """Of a file of a checkpoint: its manifest says it."""
     for parent in path.parents:
-        if (parent / MANIFEST).is_file() and parent / MANIFEST != path:
+        if parent.name.startswith("checkpoint-") and (parent / MANIFEST).is_file():
             entry = json.loads((parent / MANIFEST).read_bytes())["files"].get(str(path.relative_to(parent)))
             return entry["sha256"] if entry else None
-        if parent.name == "output":
-            break
     return None
 
 
