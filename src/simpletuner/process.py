@@ -31,7 +31,7 @@ def die_with_parent(parent: int, signal_number: signal.Signals = signal.SIGKILL)
 
 def boottime() -> float:
     """Seconds that go on while the machine sleeps, and never jump."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if sys.platform == "linux" else time.monotonic()
 
 
 def kill_tree(pid: int) -> None:

@@ -224,7 +224,7 @@ def test_a_key_makes_one_job(world: AccountWorld) -> None:
 def test_a_job_for_workers_waits_for_one(world: AccountWorld) -> None:
     answer = submit(world, target="worker", worker_labels={"gpu": "a100*"}, overrides={"--num_processes": 8})
     job = world.core.job(answer.json()["job_id"])
-    assert answer.json()["reason"] == "Needs a worker; none is registered."
+    assert answer.json()["reason"] == "Needs a worker with gpu=a100*, 8 devices; none is connected."
     assert (job.worker_labels, job.max_attempts) == ({"gpu": "a100*"}, 3)
     stats = world.ask("GET", "/api/queue/stats", by="viewer").json()
     assert (stats["queue_depth"], stats["local"]["pending_jobs"]) == (1, 0)

@@ -101,6 +101,18 @@ queue.view       GET    /api/queue /api/queue/stats /api/queue/me /api/queue/pos
 queue.manage     POST   /api/queue/concurrency /api/queue/{job_id}/priority
 queue.cancel.*   POST   /api/queue/{job_id}/cancel
 queue.approve    POST   /api/queue/{job_id}/approve /api/queue/{job_id}/reject
+admin.workers    GET    /api/admin/workers
+admin.workers    POST   /api/admin/workers /api/admin/workers/{worker_id}/drain /api/admin/workers/{worker_id}/undrain
+admin.workers    POST   /api/admin/workers/{worker_id}/token
+admin.workers    PATCH  /api/admin/workers/{worker_id}
+admin.workers    DELETE /api/admin/workers/{worker_id}
+token            GET    /api/workers/queue /api/workers/stream
+token            POST   /api/workers/register /api/workers/heartbeat /api/workers/disconnect
+token            POST   /api/workers/job/{job_id}/ack /api/workers/job/{job_id}/lease /api/workers/job/{job_id}/status
+token            PUT    /api/workers/job/{job_id}/journal /api/workers/job/{job_id}/log
+token            GET    /api/cloud/storage/{job_id}/inputs.json /api/cloud/storage/{job_id}/inputs/{place}/{path:path}
+token            PUT    /api/cloud/storage/{job_id}/outputs.json /api/cloud/storage/{job_id}/{path:path}
+token            HEAD   /api/cloud/storage/{job_id}/{path:path}
 """
 ALIASES = {
     "/api/auth/": "/api/cloud/auth/",
@@ -113,6 +125,8 @@ UNAUDITED = {
     ("POST", "/api/configs/{name}/validate"): "changes nothing",
     ("POST", "/api/training/checkpoints"): "a list, as by GET",
 }
+TOKEN = "token"
+"""Of workers and their runners, whose own tokens alone open them; what they do is in the journal, not in the audit."""
 SCOPE = "job.*"
 Asked = tuple[str, str]
 
@@ -173,8 +187,9 @@ def credentials(world: AccountWorld) -> dict[str, dict[str, str]]:
 
 def url_of(path: str) -> str:
     """With ids of nothing; a stream is asked for a job that is not there, so that it ends."""
-    url = re.sub(r"\{\w+_id\}", "987654321", path).replace("{name}", "nothing")
-    return f"{url}?job_id=nothing" if "stream" in canonical(path) and "{job_id}" not in path else url
+    url = re.sub(r"\{\w+_id\}", "987654321", path).replace("{name}", "nothing").replace("{place}", "nothing")
+    asks_for_job = "stream" in canonical(path) and "{job_id}" not in path and not path.startswith("/api/workers/")
+    return f"{url.replace('{path:path}', 'nothing')}{'?job_id=nothing' if asks_for_job else ''}"
 
 
 def status(world: AccountWorld, method: str, path: str, headers: dict[str, str]) -> int:
@@ -225,7 +240,9 @@ def test_every_route_that_changes_something_is_audited(world: AccountWorld) -> N
         route = context.original_route
         if isinstance(route, APIRoute) and not any(isinstance(mark.dependency, Audits) for mark in route.dependencies):
             silent |= {(method, canonical(str(context.path))) for method in (route.methods or set()) - SAFE_METHODS}
-    assert silent == UNAUDITED.keys()
+    assert silent == UNAUDITED.keys() | {
+        asked for asked, permission in read_table().items() if permission == TOKEN and asked[0] not in SAFE_METHODS
+    }
 
 
 def test_bad_credentials_are_401_before_anything_else(world: AccountWorld, routes: list[Asked]) -> None:
@@ -257,7 +274,9 @@ def test_who_lacks_the_permission_is_403_before_anything_else(
     for way, (headers, rights) in ways.items():
         for method, path in routes:
             permission = table[method, canonical(path)]
-            if permission != "-":
+            if permission == TOKEN:
+                assert status(world, method, path, headers) == 401, (way, method, path)
+            elif permission != "-":
                 found = status(world, method, path, headers)
                 assert found != 401 and found < 500, (way, method, path, found)
                 assert (found != 403) is is_allowed(permission, rights), (way, method, path, found)
@@ -270,6 +289,8 @@ def job_requests(world: AccountWorld, job_id: str) -> Iterator[tuple[str, str, A
             url = url_of(path.replace("{job_id}", job_id)).partition("?")[0]
             in_query = any(p["name"] == "job_id" and p["in"] == "query" for p in operation.get("parameters", ()))
             content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+            if read_table().get((method.upper(), path.replace("{path}", "{path:path}"))) == TOKEN:
+                continue
             if "{job_id}" in path:
                 yield method.upper(), url, None
             elif in_query:

@@ -50,10 +50,15 @@ def test_a_job_on_a_worker_is_one_at_the_server(world: WorkerWorld) -> None:
     assert saved[-1]["checkpoint"]["path"] == str(output / "checkpoint-60"), "paths are the server's"
     until(lambda: worker.status() == "idle")
     assert not worker.processes() and not worker.run_folder(job_id, 1).exists()
-    # A second one finds the pictures there.
+    # A second one finds the pictures there; a server that goes down meanwhile does not wait for who listens.
     objects = {path.name: path.stat().st_ino for path in worker.folder.rglob("objects/*/*")}
     assert len(objects) == 2
-    world.wait(world.submit("again"), "completed")
+    again = world.submit("again")
+    world.until_step(again, 5)
+    assert world.server.stop() == 0
+    assert "graceful shutdown exceeded" not in (world.workspace / "server.log").read_text()
+    world.server.start()
+    assert world.wait(again, "completed", "failed", "lost")["attempt"] == 1
     assert {path.name: path.stat().st_ino for path in worker.folder.rglob("objects/*/*")} == objects
 
 

@@ -78,6 +78,12 @@ COMMANDS = {
     "jobs approve": ("simpletuner.cli.jobs:approve", "Let a job into the queue."),
     "jobs reject": ("simpletuner.cli.jobs:reject", "End a job that needs approval."),
     "devices": ("simpletuner.cli.devices:devices", "List a server's devices and who holds them."),
+    "workers list": ("simpletuner.cli.workers:list_workers", "List machines that dial in."),
+    "workers add": ("simpletuner.cli.workers:add_worker", "Make one, and print the command that connects it."),
+    "workers drain": ("simpletuner.cli.workers:drain", "Have one finish its job and get no other."),
+    "workers undrain": ("simpletuner.cli.workers:undrain", "Give it jobs again."),
+    "workers token": ("simpletuner.cli.workers:token", "Give it another token."),
+    "workers remove": ("simpletuner.cli.workers:remove", "Remove one."),
     "worker": ("simpletuner.cli.worker:worker", "Run jobs of a server on this machine."),
     "schema": ("simpletuner.cli.schema:schema", "Print the JSON schema of all options."),
     "shutdown": ("simpletuner.cli.shutdown:shutdown", "End a server."),
@@ -93,6 +99,7 @@ GROUPS = {
     "users permissions": "What single users may beside their levels, or may not.",
     "configs": "Environments on a server.",
     "jobs": "Jobs on a server, and its queue.",
+    "workers": "Machines that run a server's jobs.",
 }
 """A group stands behind the one that it is in. SIMPLETUNER_URL or --url says where the server is."""
 _INTERRUPTED = 130

@@ -49,15 +49,20 @@ def complete_jobs(_context: CompletionContext) -> list[tuple[str, str]]:
     return [(job["job_id"], f"{job['status']} {job['config_name'] or ''}".rstrip()) for job in jobs]
 
 
+def complete_workers(_context: CompletionContext) -> list[tuple[str, str]]:
+    return [(worker["name"], worker["status"]) for worker in _ask_server("/api/admin/workers", "workers", limit=None)]
+
+
 def _environments_of_server() -> list[str]:
     return [config["name"] for config in _ask_server("/api/configs", "configs")]
 
 
-def _ask_server(path: str, part: str) -> list[dict[str, Any]]:
+def _ask_server(path: str, part: str, *, limit: int | None = 500) -> list[dict[str, Any]]:
     """A list; empty where no server answers in time."""
+    params = {} if limit is None else {"limit": limit}
     try:
         with Client(os.environ) as client:
-            return client.ask("GET", path, params={"limit": 500}, timeout=COMPLETION_S)[part]
+            return client.ask("GET", path, params=params, timeout=COMPLETION_S)[part]
     except Refusal:
         return []
 
@@ -66,6 +71,7 @@ OptionWord = Annotated[str, Parameter(allow_leading_hyphen=True, completer=compl
 LocalName = Annotated[str, Parameter(completer=complete_environments)]
 StoredName = Annotated[str, Parameter(completer=complete_stored)]
 JobId = Annotated[str, Parameter(completer=complete_jobs)]
+WorkerName = Annotated[str, Parameter(completer=complete_workers)]
 
 
 def form(words: Sequence[str]) -> dict[str, list[str]]:

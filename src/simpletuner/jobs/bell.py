@@ -11,6 +11,7 @@ from contextlib import contextmanager
 class Bell:
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.is_closed = False
         self._heard: dict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
 
     def ring(self, key: str) -> None:
@@ -19,8 +20,12 @@ class Bell:
                 if not loop.is_closed():
                     loop.call_soon_threadsafe(event.set)
 
-    def ring_all(self) -> None:
-        for key in list(self._heard):
+    def close(self) -> None:
+        """End every wait, also those to come: the server goes down."""
+        with self._lock:
+            self.is_closed = True
+            keys = list(self._heard)
+        for key in keys:
             self.ring(key)
 
     @contextmanager
@@ -29,6 +34,8 @@ class Bell:
         heard = (asyncio.get_running_loop(), asyncio.Event())
         with self._lock:
             self._heard.setdefault(key, set()).add(heard)
+            if self.is_closed:
+                heard[1].set()
         try:
             yield heard[1]
         finally:

@@ -11,7 +11,7 @@ from sqlalchemy.exc import OperationalError
 
 from simpletuner.events import utc_now
 from simpletuner.jobs.bell import Bell
-from simpletuner.jobs.worker_slot import WorkerSlot, WorkerStatus
+from simpletuner.jobs.worker_slot import WorkerSlot, WorkerStatus, WorkerTimers
 from simpletuner.process import boottime
 from simpletuner.store.store import Store
 from simpletuner.store.workers import WorkerRow
@@ -22,12 +22,6 @@ REST_S = 15.0
 """How long one is left alone that did not take what it was given."""
 FORGET_S = 3600.0
 """After which an ephemeral worker that is offline is removed."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerTimers:
-    heartbeat_s: float = 30.0
-    lease_s: float = 120.0
 
 
 @dataclass(slots=True)
@@ -166,6 +160,12 @@ class Fleet:
             pulse = self._pulse(worker_id)
             pulse.told_drain, was = True, pulse.told_drain
             return not was
+
+    def told_anew(self, worker_id: str) -> None:
+        """Whether it drains has changed."""
+        with self._lock:
+            self._pulse(worker_id).told_drain = False
+        self.wake(worker_id)
 
     def load(self, worker_id: str) -> dict[str, float]:
         """What its last heartbeat said of its accelerators."""

@@ -1,4 +1,4 @@
-"""A worker as the planner sees it."""
+"""A worker as the planner sees it, and what all of them are held to."""
 
 from __future__ import annotations
 
@@ -23,3 +23,11 @@ class WorkerSlot:
     labels: Mapping[str, str] = field(default_factory=dict[str, str])
     memory_bytes: int | None = None
     idle_since: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerTimers:
+    """A renewal each `heartbeat_s`; without one the lease is over after `lease_s` (api.md §5)."""
+
+    heartbeat_s: float = 30.0
+    lease_s: float = 120.0

@@ -74,7 +74,7 @@ def create_app(
         try:
             yield
         finally:
-            built.feed.close()
+            built.end_waits()
             built.supervisor.close()
             await supervising
             for courier in built.couriers:

@@ -149,6 +149,12 @@ class Core:
         self.store.outbox.put(Event(type=EventType.CONFIG_UPDATED, message=f"Environment {name} {what}", data=data))
         self.supervisor.wake()
 
+    def end_waits(self) -> None:
+        """Of streams and held requests, so that a server can go down without waiting for those who listen."""
+        self.feed.close()
+        self.fleet.bell.close()
+        self.remote.bell.close()
+
     def close(self) -> None:
         self.inputs.close()
         self.foreground.close()

@@ -123,6 +123,8 @@ async def _on_user_error(request: Request, error: Exception) -> JSONResponse:
         own = Problem(code=code, message=error.message, hint=error.hint, pointer=error.pointer)
         problems, code = problems or [own], "invalid_config"
     headers = error.headers if isinstance(error, RateLimited) else None
+    if STATUS_OF[code] == 401:
+        headers = {"WWW-Authenticate": "Bearer"}
     return envelope(request.scope, code=code, detail=error.message, hint=error.hint, problems=problems, headers=headers)
 
 

@@ -68,4 +68,3 @@ async def _holder(
 
 
 HolderDep = Annotated[Holder, Depends(_holder)]
-EpochQuery = Annotated[int, "The epoch of the assignment"]

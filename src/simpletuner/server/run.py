@@ -79,7 +79,7 @@ class _Server(uvicorn.Server):
                 await asyncio.to_thread(launch_environment, self._core, self._environment)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._core.feed.close()
+        self._core.end_waits()
         await super().shutdown(sockets)
 
     @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from simpletuner.config.sources import parse_boolean
 from simpletuner.errors import UserError
-from simpletuner.jobs.fleet import WorkerTimers
+from simpletuner.jobs.worker_slot import WorkerTimers
 from simpletuner.server.peer import Network, parse_networks
 
 DEFAULT_HOST = "0.0.0.0"

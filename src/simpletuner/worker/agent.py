@@ -113,12 +113,16 @@ class Agent:
         tries = 0
         while not self._over.is_set():
             try:
-                return step()
+                answer = step()
             except Unreachable as error:
                 if tries == 0:
                     self._say(f"The server cannot be reached ({error}): trying again.")
                 self._over.wait(RECONNECT_S[min(tries, len(RECONNECT_S) - 1)])
                 tries += 1
+            else:
+                if tries:
+                    self._say("The server answers again.")
+                return answer
         return None
 
     def _act(self, message: dict[str, Any]) -> None:

@@ -74,7 +74,9 @@ def _check(answer: httpx2.Response) -> None:
         return
     try:
         body: dict[str, Any] = answer.json()
-        code, message, hint = str(body["code"]), str(body["detail"]), str(body.get("hint") or "")
+        # Of a finding about the job the server's own code is in the list.
+        told: dict[str, Any] = next(iter(body.get("errors") or []), body)
+        code, message, hint = str(told["code"]), str(body["detail"]), str(body.get("hint") or "")
     except (ValueError, KeyError, TypeError):
         code, message, hint = "", f"The server answered {answer.status_code}.", ""
     # A proxy whose server is away, a server that is overrun, one whose disk is full: none of them is a no.

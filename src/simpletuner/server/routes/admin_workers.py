@@ -194,7 +194,7 @@ def renew_token(core: CoreDep, request: Request, worker_id: str, note: AuditDep)
 def _set_draining(core: Core, worker_id: str, *, draining: bool) -> WorkerAnswer:
     _find(core, worker_id)
     core.store.workers.change(worker_id, draining=draining)
-    core.fleet.wake(worker_id)
+    core.fleet.told_anew(worker_id)
     core.supervisor.replan()
     return _answer(core, worker_id)
 

@@ -80,18 +80,18 @@ def list_inputs(core: CoreDep, holder: HolderDep, epoch: Epoch) -> InputListing:
 
 
 @router.get(
-    "/inputs/{name}/{path:path}",
+    "/inputs/{place}/{path:path}",
     operation_id="get_input",
     dependencies=[agents()],
     response_class=FileResponse,
     responses=error_responses("unauthenticated", "permission_denied", "not_found", "unknown_job", "stale_lease"),
 )
-def get_input(core: CoreDep, holder: HolderDep, name: str, path: str, epoch: Epoch) -> FileResponse:
+def get_input(core: CoreDep, holder: HolderDep, place: str, path: str, epoch: Epoch) -> FileResponse:
     """Answers `Range`. `path` is empty for a place that is one file."""
     holder.check_epoch(epoch)
-    found = locate(core.inputs.ask(holder.job, epoch).places, name, path)
+    found = locate(core.inputs.ask(holder.job, epoch).places, place, path)
     if found is None or not found.is_file():
-        raise UserError("not_found", f"The job has no input {name}/{path}.")
+        raise UserError("not_found", f"The job has no input {place}/{path}.")
     return FileResponse(found, media_type="application/octet-stream")
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
@@ -17,7 +17,7 @@ from simpletuner.job import CommandReader, ExitRecord
 from simpletuner.jobs.shipment import size_of
 from simpletuner.server.core import Core, CoreDep
 from simpletuner.server.errors import error_responses
-from simpletuner.server.lease_holder import Holder, HolderDep, find_holder, stale
+from simpletuner.server.lease_holder import Holder, HolderDep, stale
 from simpletuner.server.rights import agents
 
 router = APIRouter(prefix="/api/workers/job", tags=["workers"])
@@ -71,15 +71,12 @@ class Received(BaseModel):
 
 
 @router.post("/{job_id}/ack", operation_id="ack_job", dependencies=[agents()], responses=STALE)
-async def ack(
-    core: CoreDep, job_id: str, body: Ack, x_upload_token: Annotated[str | None, Header(max_length=200)] = None
-) -> Acked:
+async def ack(core: CoreDep, holder: HolderDep, job_id: str, body: Ack) -> Acked:
     """Accepting takes the lease; a repeat of it is answered alike. A refusal puts the job back into the queue."""
-    return await run_in_threadpool(_ack, core, job_id, body, x_upload_token)
+    return await run_in_threadpool(_ack, core, holder, job_id, body)
 
 
-def _ack(core: Core, job_id: str, body: Ack, token: str | None) -> Acked:
-    holder = find_holder(core, job_id, token)
+def _ack(core: Core, holder: Holder, job_id: str, body: Ack) -> Acked:
     holder.check_epoch(body.epoch)
     if not body.accepted:
         if core.leases.is_held(job_id):

@@ -152,7 +152,7 @@ async def poll(
     _open(core, worker_id)
     with core.fleet.bell.listen(worker_id) as rung:
         messages = await run_in_threadpool(_messages, core, worker_id)
-        if not messages and not core.feed.is_closed:
+        if not messages:
             await _wait(rung, wait)
             messages = await run_in_threadpool(_messages, core, worker_id)
     core.fleet.seen(worker_id)
@@ -176,7 +176,7 @@ async def stream(
 
 async def _frames(core: Core, worker_id: str) -> AsyncGenerator[str]:
     with core.fleet.bell.listen(worker_id) as rung:
-        while not core.feed.is_closed:
+        while not core.fleet.bell.is_closed:
             _open(core, worker_id)
             messages = await run_in_threadpool(_messages, core, worker_id)
             for message in messages or [{"type": "ping"}]:
@@ -200,9 +200,8 @@ def _open(core: Core, worker_id: str) -> None:
 
 def _messages(core: Core, worker_id: str) -> list[dict[str, Any]]:
     worker = core.store.workers.get(worker_id)
-    if worker is None or core.feed.is_closed:
-        # A server that goes down is back soon; a worker that was removed has nothing to come back to.
-        return [{"type": "shutdown"}] if worker is None else []
+    if worker is None:
+        return [{"type": "shutdown"}]
     drain = [{"type": "drain"}] if worker.draining and core.fleet.tell_drain(worker_id) else []
     return drain + job_messages(core, worker_id)
 
