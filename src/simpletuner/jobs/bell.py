@@ -28,6 +28,11 @@ class Bell:
         for key in keys:
             self.ring(key)
 
+    def is_heard(self, key: str) -> bool:
+        """Whether somebody waits for it."""
+        with self._lock:
+            return key in self._heard
+
     @contextmanager
     def listen(self, key: str) -> Generator[asyncio.Event]:
         """Set by every ring from now on. Look for news after this begins, then wait: nothing falls in between."""
