@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from simpletuner.jobs.devices import Device
 from simpletuner.jobs.scheduler import Candidate, Limits, Occupant, Start, Wait, effective_priority, plan
+from simpletuner.jobs.worker_choice import fits
+from simpletuner.jobs.worker_slot import WorkerSlot
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -274,3 +276,93 @@ def test_memory_that_others_hold_is_not_promised() -> None:
     busy = plan([job("later", 1, peak_bytes=15 * 10**9)], running, devices(3)[2:], Limits(max_jobs=None), NOW, {})
     assert isinstance(busy[0], Wait) and busy[0].reason_code == "gpus_busy"
     assert plan(queue[1:2], [], devices(3), Limits(), NOW, {0: 16 * 10**9}) == [Start("first", (0,))]
+
+
+FLEETS = st.lists(
+    st.builds(
+        WorkerSlot,
+        worker_id=st.sampled_from(["w0", "w1", "w2"]),
+        name=st.just("box"),
+        num_devices=st.integers(1, 5),
+        status=st.sampled_from(["idle", "idle", "busy"]),
+        labels=st.sampled_from([{}, {"gpu": "a100"}]),
+        idle_since=st.floats(0, 9),
+    ),
+    max_size=3,
+    unique_by=lambda slot: slot.worker_id,
+)
+WISHES = st.lists(
+    st.tuples(st.sampled_from(["auto", "local", "worker"]), st.sampled_from([{}, {"gpu": "a*"}])),
+    min_size=6,
+    max_size=6,
+)
+
+
+@given(situations(), FLEETS, WISHES)
+def test_workers_take_what_fits_and_leave_this_machine_as_it_was(
+    situation: tuple[list[Candidate], list[Occupant], list[Device], Limits],
+    fleet: list[WorkerSlot],
+    wishes: list[tuple[str, dict[str, str]]],
+) -> None:
+    plain, running, machine, limits = situation
+    queue = [
+        replace(candidate, target=target, worker_labels=labels)
+        for candidate, (target, labels) in zip(plain, wishes, strict=False)
+    ]
+    by_id = {candidate.job_id: candidate for candidate in queue}
+    answers = plan(queue, running, machine, limits, NOW, None, fleet)
+    remote = [answer for answer in answers if isinstance(answer, Start) and answer.worker_id is not None]
+    idle = {slot.worker_id: slot for slot in fleet if slot.status == "idle"}
+    assert len({start.worker_id for start in remote}) == len(remote)
+    for start in remote:
+        wanted = by_id[start.job_id]
+        assert wanted.target != "local" and fits(idle.pop(start.worker_id or ""), wanted)
+        assert start.devices == tuple(range(wanted.num_devices))
+    for answer in answers:
+        wanted = by_id[answer.job_id]
+        if isinstance(answer, Start) and answer.worker_id is None:
+            assert wanted.target != "worker"
+        if isinstance(answer, Wait) and wanted.target != "local" and answer.reason_code not in _OWN_RULES:
+            assert not any(fits(slot, wanted) for slot in idle.values()), "one that it could have is idle"
+    # What is left for this machine is planned as if there were no workers: on them jobs count for their user alone.
+    gone = {start.job_id for start in remote}
+    if limits.max_jobs_per_user is None and not limits.fair_share:
+        held = {by_id[start.job_id].output_dir for start in remote}
+        local = [each for each in queue if each.job_id not in gone and each.target != "worker"]
+        if not any(each.output_dir in held for each in local):
+            starts = {answer.job_id: answer for answer in answers if isinstance(answer, Start)}
+            for answer in plan(local, running, machine, limits, NOW):
+                if isinstance(answer, Start) and not _shares_a_folder(by_id[answer.job_id], queue):
+                    assert starts[answer.job_id] == answer
+
+
+_OWN_RULES = {"output_dir_busy", "user_limit"}
+
+
+def _shares_a_folder(job: Candidate, queue: list[Candidate]) -> bool:
+    return sum(other.output_dir == job.output_dir for other in queue) > 1
+
+
+def test_jobs_on_workers_count_for_their_user_and_their_folder_alone() -> None:
+    there = Occupant(job_id="there", devices=(0,), output_dir="/a", user_id="x", worker_id="w0")
+    limits = Limits(max_jobs=1, max_devices=1, max_jobs_per_user=1)
+    mine, same, other = (
+        job("mine", 1, user_id="x"),
+        job("same", 2, user_id="y", output_dir="/a"),
+        job("other", 3, user_id="y", output_dir="/b"),
+    )
+    found = {answer.job_id: answer for answer in plan([mine, same, other], [there], devices(1), limits, NOW)}
+    assert isinstance(found["mine"], Wait) and found["mine"].reason_code == "user_limit"
+    assert isinstance(found["same"], Wait) and found["same"].reason_code == "output_dir_busy"
+    assert found["other"] == Start("other", (0,))
+
+
+def test_a_job_too_large_for_this_machine_waits_for_a_worker_and_stops_nobody() -> None:
+    large, small = job("large", 1, num_devices=4), job("small", 2)
+    box = WorkerSlot(worker_id="w", name="box", num_devices=4, status="busy")
+    wait, start = plan([large, small], [], devices(1), Limits(), NOW, None, [box])
+    assert isinstance(wait, Wait) and (wait.reason_code, wait.reason) == (
+        "workers_busy",
+        "Needs a worker with 4 devices: box is busy.",
+    )
+    assert start == Start("small", (0,))

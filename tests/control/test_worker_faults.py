@@ -211,7 +211,7 @@ def test_tokens_and_epochs(world: WorkerWorld) -> None:
 
     def codes(job: str, token: str | None, epoch: int) -> set[tuple[int, str]]:
         headers = {"X-Upload-Token": token} if token else {}
-        calls = [
+        calls: list[tuple[str, str, dict[str, Any]]] = [
             ("POST", f"/api/workers/job/{job}/lease", {"json": {"epoch": epoch, "wait": 0}}),
             ("POST", f"/api/workers/job/{job}/ack", {"json": {"epoch": epoch, "accepted": False}}),
             (

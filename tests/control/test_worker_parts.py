@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ def test_a_job_is_told_in_places_and_put_together_again(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
     (pictures / "deep" / "a.png").write_bytes(b"a")
     (tmp_path / "rows.csv").write_text("url\n")
-    config = {
+    config: dict[str, Any] = {
         "output_dir": str(tmp_path / "output"), "pretrained_model_name_or_path": str(model), "cache_dir": None,
         "cache_dir_text": str(tmp_path / "cache"), "cache_dir_vae": None, "init_lora": None,
         "resume_from_checkpoint": str(tmp_path / "output" / "checkpoint-5"), "seed": 3,
@@ -217,7 +218,7 @@ def test_a_job_is_told_in_places_and_put_together_again(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "worker", "job", 1)
     assignment = Told(
         server_url="http://x", job_id="job", epoch=1, attempt=1, provenance={}, resume_from=None, best=None,
-        spec=JobSpec(job_id="job", workspace="/w", config_dir="/w", output_dir=config["output_dir"] or ""),
+        spec=JobSpec(job_id="job", workspace="/w", config_dir="/w", output_dir=config["output_dir"]),
         config=told.config, datasets=told.datasets, upload_endpoint="/", upload_token="t", lease_s=1, heartbeat_s=1,
         places=[{"name": place.name, "kind": place.kind, "path": str(place.path)} for place in told.places],  # pyright: ignore[reportArgumentType]
         secrets={},
@@ -291,17 +292,15 @@ SLOTS = st.lists(
 )
 NEEDS = st.lists(
     st.builds(
-        lambda count, peak, labels: Candidate(
-            job_id="j",
-            order=1,
-            queued_at=None,
-            num_devices=count,
-            peak_bytes=peak,
-            worker_labels=labels,  # pyright: ignore[reportArgumentType]
+        Candidate,
+        job_id=st.just("j"),
+        order=st.just(1),
+        queued_at=st.just(datetime(2026, 1, 1, tzinfo=UTC)),
+        num_devices=st.integers(1, 4),
+        peak_bytes=st.sampled_from([None, 10, 50]),
+        worker_labels=st.dictionaries(
+            st.sampled_from(["gpu", "zone"]), st.sampled_from(["a100*", "*", "h?00"]), max_size=2
         ),
-        st.integers(1, 4),
-        st.sampled_from([None, 10, 50]),
-        st.dictionaries(st.sampled_from(["gpu", "zone"]), st.sampled_from(["a100*", "*", "h?00"]), max_size=2),
     ),
     max_size=8,
 )
