@@ -54,6 +54,10 @@ SAYS = {
     r'"local_job_max_concurrent":2.*"local_gpu_max_concurrent":null,"local_job_max_concurrent":2.*invalid_field',
     "830": r"queued.*exit 0.*rejected.*exit 4.*queued.*exit 0.*would be queued.*exit 3.*exit 9"
     r".*would be running.*exit 0",
+    "849": r'^exit 0\n.*"name": "box",\s+"status": "idle",\s+"gpu_name": "cpu",\s+"gpu_count": 2',
+    "856": r'\["auto","running",true\].*\["worker","running",true\].*\["local","running",false\].*exit 9',
+    "885": r'\["labels","running",true\].*queued.*gpu_type=h100\* matches nobody.*true.*"busy_workers":1.*is draining.*'
+    r"exit 0.*is removed",
     "160": r'"success":true.*"admin".*false.*setup_done',
     "175": r'"success":true.*invalid_credentials.*"prefix":"st_\w{8}"',
     "190 with accounts": r'unauthenticated.*invalid_credentials.*"idle"',
