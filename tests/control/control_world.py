@@ -50,19 +50,23 @@ def until(ask: Callable[[], T], *, within_s: float = 30.0, every_s: float = 0.01
 class World:
     """Store, supervisor and executor of one state directory; `tick` is driven by the test."""
 
-    def __init__(self, state: Path, *, slots: int = 1, **executor_env: str) -> None:
+    def __init__(self, state: Path, *, slots: int = 1, preempts: bool = True, **executor_env: str) -> None:
         self.state = state
         (state / "jobs").mkdir(exist_ok=True)
         self.store = Store.open(state)
         environ = dict(os.environ) | {"SIMPLETUNER_TRAINER": str(FAKE_TRAINER)} | executor_env
         self.executor = LocalExecutor(environ)
         devices = [Device(index, "cpu") for index in range(slots)]
-        self.placement = Placement(self.store, self.executor, devices, state / "jobs")
+        self.placement = Placement(self.store, self.executor, devices, state / "jobs", preempts=preempts)
         self.supervisor = Supervisor(self.store, self.executor, self.placement, Feed())
         self.seen: list[StoredEvent] = []
 
     def submit(self, **config: Any) -> Submitted:
-        extra = {name: config.pop(name) for name in ("no_wait", "num_processes", "stop_grace_s") if name in config}
+        extra = {
+            name: config.pop(name)
+            for name in ("no_wait", "num_processes", "stop_grace_s", "priority")
+            if name in config
+        }
         submission = Submission(
             config=config,
             provenance={},

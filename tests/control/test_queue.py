@@ -228,7 +228,8 @@ def test_a_job_for_workers_waits_for_one(world: AccountWorld) -> None:
     assert (job.worker_labels, job.max_attempts) == ({"gpu": "a100*"}, 3)
     stats = world.ask("GET", "/api/queue/stats", by="viewer").json()
     assert (stats["queue_depth"], stats["local"]["pending_jobs"]) == (1, 0)
-    assert submit(world, target="worker", no_wait=True).json()["error"] == "No worker"
+    other = submit(world, target="worker", no_wait=True, overrides={"--output_dir": "output/other"})
+    assert other.json()["error"] == "No worker"
 
 
 def ended(world: AccountWorld, job_id: str) -> None:

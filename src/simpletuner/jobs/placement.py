@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from simpletuner.job import ExitRecord, JobDir, JobStatus
 from simpletuner.jobs.device_memory import MemoryGauge
 from simpletuner.jobs.devices import Device
 from simpletuner.jobs.executor import Executor
+from simpletuner.jobs.preemption import Preempt, plan_preemptions
 from simpletuner.jobs.scheduler import LOCAL, WORKER, Candidate, Limits, Occupant, Start, Wait, plan
 from simpletuner.jobs.worker_slot import WorkerSlot
 from simpletuner.store.job_row import JobRow, Move, NewJob, Waiting
@@ -38,6 +40,7 @@ class Placement:
         gauge: MemoryGauge | None = None,
         remote: Executor | None = None,
         worker_slots: Callable[[], Sequence[WorkerSlot]] = tuple,
+        preempts: bool = True,
     ) -> None:
         self._store = store
         self._executor = executor
@@ -46,6 +49,8 @@ class Placement:
         self._gauge = gauge
         self._remote = remote
         self._worker_slots = worker_slots
+        self._preempts = preempts
+        self._to_yield: list[Preempt] = []
 
     def job_dir(self, job_id: str) -> JobDir:
         return JobDir(self.jobs_root / job_id)
@@ -68,6 +73,11 @@ class Placement:
 
         Writes nothing.
         """
+        return self._plan(extra, without)[0]
+
+    def _plan(
+        self, extra: NewJob | None = None, without: Collection[str] = ()
+    ) -> tuple[list[Start | Wait], list[Preempt]]:
         now = datetime.now(UTC)
         waiting, holding = self._store.jobs.queue()
         queue = [
@@ -77,6 +87,7 @@ class Placement:
                 datetime.fromisoformat(job.queued_at),
                 is_paused=job.paused,
                 needs_approval=job.status == JobStatus.BLOCKED,
+                gave_way_to=job.gave_way_to,
             )
             for job in waiting
         ]
@@ -90,21 +101,34 @@ class Placement:
                 output_dir=job.output_dir,
                 user_id=job.user_id or "",
                 worker_id=job.worker_id,
+                priority=job.given_priority,
+                started_order=order,
+                is_ending=job.status == JobStatus.STOPPING,
             )
-            for job in holding
+            for order, job in enumerate(sorted(holding, key=lambda job: job.started_at or ""))
             if job.job_id not in without
         ]
         free_bytes: Mapping[int, int] = {}
         if self._gauge is not None and any(job.peak_bytes is not None for job in queue):
             free_bytes = self._gauge.free_bytes()
-        return plan(queue, running, self.devices, self.limits(), now, free_bytes, self._worker_slots())
+        limits, workers = self.limits(), self._worker_slots()
+
+        def plan_now(jobs: Sequence[Candidate], beside: Sequence[Occupant]) -> list[Start | Wait]:
+            return plan(jobs, beside, self.devices, limits, now, free_bytes, workers)
+
+        answers = plan_now(queue, running)
+        if not self._preempts:
+            return answers, []
+        by_id = {job.job_id: job for job in queue}
+        asked = plan_preemptions(answers, by_id, running, lambda job, beside: plan_now([job], beside)[0])
+        return [_with_those_who_yield(answer, asked) for answer in answers], asked
 
     def waits(self) -> dict[str, Wait]:
         return {answer.job_id: answer for answer in self.plan() if isinstance(answer, Wait)}
 
     def place(self) -> list[Start | Wait]:
         """Start what can start, tell the others why they wait. Returns the plan that was carried out."""
-        answers = self.plan()
+        answers, self._to_yield = self._plan()
         if not answers:
             return answers
         for answer in answers:
@@ -122,6 +146,11 @@ class Placement:
         if waits:
             self._store.jobs.announce_waits(waits)
         return answers
+
+    def take_yields(self) -> list[Preempt]:
+        """Jobs that are to make room, by the last plan that was carried out; told once."""
+        taken, self._to_yield = self._to_yield, []
+        return taken
 
     def most_devices(self, target: str) -> int | None:
         """Of the largest machine that is known for `target`; None where none is."""
@@ -196,6 +225,7 @@ def _candidate(
     *,
     is_paused: bool = False,
     needs_approval: bool = False,
+    gave_way_to: str | None = None,
 ) -> Candidate:
     return Candidate(
         job_id=job.job_id,
@@ -212,4 +242,12 @@ def _candidate(
         peak_bytes=job.peak_bytes,
         is_paused=is_paused,
         needs_approval=needs_approval,
+        gave_way_to=gave_way_to,
     )
+
+
+def _with_those_who_yield(answer: Start | Wait, asked: Sequence[Preempt]) -> Start | Wait:
+    names = [each.job_id for each in asked if each.for_job == answer.job_id]
+    if isinstance(answer, Start) or not names:
+        return answer
+    return replace(answer, reason=f"{answer.reason.rstrip('.')}. Job {', '.join(names)} gives way to it.")

@@ -14,6 +14,7 @@ from heapq import heapify, heappop, heappush
 from itertools import groupby
 from typing import Literal
 
+from simpletuner.jobs.device_room import DeviceRoom
 from simpletuner.jobs.devices import Device
 from simpletuner.jobs.worker_choice import WorkerChoice
 from simpletuner.jobs.worker_slot import WorkerSlot
@@ -33,6 +34,7 @@ ReasonCode = Literal[
     "no_matching_worker",
     "workers_busy",
     "needs_approval",
+    "preempted",
     "paused",
 ]
 
@@ -59,6 +61,8 @@ class Candidate:
     """It waits for nobody and stands in nobody's way."""
     needs_approval: bool = False
     """As `is_paused`."""
+    gave_way_to: str | None = None
+    """The urgent job that had it yield."""
 
     @property
     def wanted(self) -> tuple[int, ...]:
@@ -77,6 +81,10 @@ class Occupant:
     output_dir: str = ""
     user_id: str = ""
     worker_id: str | None = None
+    priority: int = 0
+    started_order: int = 0
+    """Larger for those that began later."""
+    is_ending: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +134,7 @@ def plan(
     `free_bytes`: memory that is free on each device which no job of ours holds, where that is known.
     """
     board = _Board(running, devices, limits, free_bytes or {}, workers)
+    board.known |= {job.job_id for job in queue}
     answers: list[Start | Wait] = []
     position = 0
     for job in _served(queue, board.running_of, now, fair_share=limits.fair_share):
@@ -135,6 +144,8 @@ def plan(
         else:
             position += 1
             code, reason = answer
+            if job.gave_way_to in board.known and code in _HELD_BY_OTHERS:
+                code, reason = "preempted", f"Gave way to job {job.gave_way_to}. {reason}"
             answers.append(Wait(job.job_id, position, reason, code))
     return answers
 
@@ -174,6 +185,7 @@ def _shared_fairly(tied: Sequence[Candidate], running_of: Counter[str]) -> Itera
 
 
 _Refusal = tuple[ReasonCode, str]
+_HELD_BY_OTHERS = frozenset({"gpus_busy", "job_limit", "gpu_limit", "behind_head"})
 
 
 class _Board:
@@ -189,6 +201,8 @@ class _Board:
     ) -> None:
         local = [job for job in running if job.worker_id is None]
         self._workers = WorkerChoice(workers)
+        self.known = {job.job_id for job in running}
+        """Jobs that wait or run."""
         self._running = {job.job_id: job for job in local}
         self.running_of = Counter(job.user_id for job in running)
         self._indices = sorted(device.index for device in devices)
@@ -198,7 +212,7 @@ class _Board:
         self._holder = {index: job.job_id for job in local for index in job.devices}
         self._output_dirs = {job.output_dir: job.job_id for job in running if job.output_dir}
         self._free = [index for index in self._indices if index not in self._holder]
-        self._memory = _Memory(devices, frozenset(self._free), free_bytes)
+        self._memory = DeviceRoom(devices, frozenset(self._free), free_bytes)
         self._head: _Head | None = None
 
     def place(self, job: Candidate) -> Start | _Refusal:
@@ -368,33 +382,3 @@ class _Head:
     num_leaving: int
     num_freed: int
     num_leaving_of_user: int
-
-
-class _Memory:
-    """Room on each device: what is free where no job of ours runs, else all of it, as the job will give it back."""
-
-    def __init__(self, devices: Sequence[Device], unleased: frozenset[int], free_bytes: Mapping[int, int]) -> None:
-        self._room: dict[int, int] = {}
-        for device in devices:
-            if device.index in unleased and device.index in free_bytes:
-                self._room[device.index] = free_bytes[device.index]
-            elif device.memory_gb and device.kind != "cpu":
-                self._room[device.index] = round(device.memory_gb * 2**30)
-        self._num_unknown = len(devices) - len(self._room)
-        self._sorted = sorted(self._room.values())
-
-    def room(self, index: int) -> int | None:
-        return self._room.get(index)
-
-    @property
-    def largest(self) -> int:
-        return self._sorted[-1] if self._sorted else 0
-
-    def num_with(self, peak_bytes: int) -> int:
-        """Devices of unknown memory are taken to have it."""
-        return self._num_unknown + len(self._sorted) - bisect_left(self._sorted, peak_bytes)
-
-    def fitting(self, indices: list[int], peak_bytes: int | None) -> list[int]:
-        if peak_bytes is None or not self._room or self._sorted[0] >= peak_bytes:
-            return indices
-        return [index for index in indices if self._room.get(index, peak_bytes) >= peak_bytes]

@@ -14,6 +14,7 @@ from simpletuner.job import ACTIVE, JobStatus
 from simpletuner.jobs.executor import Executor
 from simpletuner.jobs.feed import Feed
 from simpletuner.jobs.placement import Placement
+from simpletuner.jobs.preemption import Preempt
 from simpletuner.jobs.watch import Watch, end_command
 from simpletuner.store.event_row import StoredEvent
 from simpletuner.store.job_row import JobRow, Move
@@ -82,6 +83,8 @@ class Supervisor:
             if self._plan_is_due(changed=len(still_active) != len(active)):
                 self._guard("planning the queue", self._placement.place)
                 self._plan_took_s = self._clock() - self._last_plan
+            for each in self._placement.take_yields():
+                self._guard(f"having job {each.job_id} yield", self._make_room, each)
             self._guard("relaying events", self._relay, fresh)
             self._num_active = len(self._store.jobs.with_status(ACTIVE))
             self._last_tick = self._clock()
@@ -105,7 +108,7 @@ class Supervisor:
         self._last_plan = now
         return True
 
-    def request_end(self, job_id: str, mode: str) -> JobRow:
+    def request_end(self, job_id: str, mode: str, *, reason: str | None = None) -> JobRow:
         """Stop, cancel or yield `job_id`: at once where nothing runs, else by asking. Returns the job as it is then.
 
         A job that ended already, or is already being ended as strongly, is left as it is.
@@ -115,7 +118,7 @@ class Supervisor:
             if job.status in {JobStatus.QUEUED, JobStatus.BLOCKED}:
                 self._move(job, JobStatus.CANCELLED, mode, "Cancelled before it started")
             elif job.status in {JobStatus.STARTING, JobStatus.RUNNING}:
-                self._move(job, JobStatus.STOPPING, mode, f"Asked to {mode}")
+                self._move(job, JobStatus.STOPPING, mode, reason or f"Asked to {mode}")
                 self._send(job, mode)
             elif (
                 job.status is JobStatus.STOPPING
@@ -126,6 +129,10 @@ class Supervisor:
                 self._send(job, mode)
             self.replan()
             return self._job(job_id)
+
+    def _make_room(self, preempt: Preempt) -> None:
+        self._store.jobs.set_gave_way(preempt.job_id, preempt.for_job)
+        self.request_end(preempt.job_id, "yield", reason=f"Gives way to job {preempt.for_job}")
 
     def pause(self, job_id: str) -> JobRow:
         """Have a job save, give its devices back and wait in the queue until it is resumed."""

@@ -92,8 +92,9 @@ class Core:
         remote = RemoteExecutor(store, leases, fleet)
         gauge = None if settings.devices.strip().startswith("[") else MemoryGauge(devices)
         placement = Placement(
-            store, executor, devices, settings.jobs_root, gauge=gauge, remote=remote, worker_slots=fleet.slots
-        )
+            store, executor, devices, settings.jobs_root,
+            gauge=gauge, remote=remote, worker_slots=fleet.slots, preempts=settings.preemption,
+        )  # fmt: skip
         placement.remove_strays()
         feed = Feed()
         supervisor = Supervisor(store, executor, placement, feed, each_second=fleet.round)

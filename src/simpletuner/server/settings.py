@@ -47,6 +47,8 @@ class ServerSettings:
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
     makes_certificate: bool = False
+    preemption: bool = True
+    """Whether urgent jobs may have others yield."""
     timers: WorkerTimers = field(default_factory=WorkerTimers)
     worker_secrets: Mapping[str, str] = field(default_factory=dict[str, str])
     """Variables of this server that the trainers of workers get."""
@@ -84,6 +86,7 @@ class ServerSettings:
             ssl_certfile=certfile,
             ssl_keyfile=keyfile,
             makes_certificate=makes_certificate,
+            preemption=source.switch("preemption", default=True),
             timers=source.timers(),
             worker_secrets=source.variables("worker_secrets"),
         )

@@ -52,6 +52,8 @@ class JobRow(NewJob):
     paused: bool = False
     worker_id: str | None = None
     """Where it runs or ran last; None for this machine."""
+    gave_way_to: str | None = None
+    """The urgent job that had it yield, until it starts again."""
 
 
 class Waiting(NamedTuple):
@@ -71,6 +73,7 @@ class Waiting(NamedTuple):
     peak_bytes: int | None
     paused: bool
     worker_labels: dict[str, str] | None
+    gave_way_to: str | None
 
 
 class Holding(NamedTuple):
@@ -81,6 +84,9 @@ class Holding(NamedTuple):
     output_dir: str
     user_id: str | None
     worker_id: str | None
+    given_priority: int
+    started_at: str | None
+    status: JobStatus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,9 +25,12 @@ _WAITING_COLUMNS = (
     jobs.c.job_id, jobs.c.position, jobs.c.status, func.coalesce(jobs.c.queued_at, jobs.c.created_at),
     func.coalesce(jobs.c.priority_override, jobs.c.priority), jobs.c.num_devices, jobs.c.preferred_devices,
     jobs.c.any_gpu, jobs.c.output_dir, jobs.c.user_id, jobs.c.target, jobs.c.peak_bytes, jobs.c.paused,
-    jobs.c.worker_labels,
+    jobs.c.worker_labels, jobs.c.gave_way_to,
 )  # fmt: skip
-_HOLDING_COLUMNS = (jobs.c.job_id, jobs.c.devices, jobs.c.output_dir, jobs.c.user_id, jobs.c.worker_id)
+_HOLDING_COLUMNS = (
+    jobs.c.job_id, jobs.c.devices, jobs.c.output_dir, jobs.c.user_id, jobs.c.worker_id,
+    func.coalesce(jobs.c.priority_override, jobs.c.priority), jobs.c.started_at, jobs.c.status,
+)  # fmt: skip
 
 
 class JobStore:
@@ -86,6 +89,10 @@ class JobStore:
         """Whether the job is held back while it is queued."""
         with self._database.write() as connection:
             connection.execute(update(jobs).where(jobs.c.job_id == job_id).values(paused=paused))
+
+    def set_gave_way(self, job_id: str, for_job: str) -> None:
+        with self._database.write() as connection:
+            connection.execute(update(jobs).where(jobs.c.job_id == job_id).values(gave_way_to=for_job))
 
     def set_priority(self, job_id: str, override: int | None) -> bool:
         """Of a job that waits; None gives it back to its user's level. False when it does not wait any more."""
@@ -254,7 +261,8 @@ def _changes(move: Move) -> dict[str, Any]:
     given = {"mode": move.mode, "forced": move.forced, "attempt": move.next_attempt, "exit": move.exit}
     changes |= {name: value for name, value in given.items() if value is not None}
     if move.to is JobStatus.STARTING:
-        changes |= {"started_at": now, "devices": list(move.devices or ()), "wait": None, "worker_id": move.worker_id}
+        changes |= {"started_at": now, "devices": list(move.devices or ()), "wait": None}
+        changes |= {"worker_id": move.worker_id, "gave_way_to": None}
     if move.to is JobStatus.QUEUED:
         changes |= {"queued_at": now, "devices": None, "mode": None}
     if move.to.is_terminal:

@@ -54,6 +54,7 @@ jobs = Table(
     Column("worker_labels", JSON),  # {label: glob} of the workers that may have it
     Column("peak_bytes", BigInteger),  # predicted need of each device, where it is known
     Column("worker_id", String(64)),  # where it runs or ran last; null for this machine
+    Column("gave_way_to", String(64)),  # the urgent job that had it yield, until it starts again
     Index("ix_jobs_status", "status"),
     sqlite_autoincrement=True,
 )

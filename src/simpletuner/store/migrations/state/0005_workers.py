@@ -1,4 +1,4 @@
-"""Machines that dial in to run jobs, and what was assigned to them."""
+"""Machines that dial in to run jobs, what was assigned to them, and which job made another yield."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -38,3 +38,4 @@ def upgrade() -> None:
     )
     op.create_index("ix_assignments_worker_id", "assignments", ["worker_id"])
     op.add_column("jobs", sa.Column("worker_id", sa.String(64)))
+    op.add_column("jobs", sa.Column("gave_way_to", sa.String(64)))
