@@ -29,6 +29,7 @@ SAYS = {
     "Stop, look, resume": r'"stopping".*"status": "stopped".*"is_complete": true.*"valid": true.*"status": "resumed".*'
     r'"status": "queued",\n  "status_reason": "Paused.*"success": true',
     "Cancel": r'"success": true.*"cancelled"',
+    "More machines": r'"name": "box-1",\s+"status": "idle",\s+"gpu_name": "cpu".*box-1 +busy.*exit 9.*is removed',
     "The queue": r'"devices".*"max_concurrent_jobs": 1.*\{"status":"running","allocated_gpus":\[0\],"dry_run":true\}'
     r'.*exit 3.*exit 4.*blocked.*"reason_code":"needs_approval".*"local_gpu_max_concurrent":6.*'
     r'"local_gpu_max_concurrent":null.*exit 9.*DEVICE',
