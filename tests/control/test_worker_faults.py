@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import psutil
 import pytest
 from control_world import until
-from worker_world import LEASE_S, WorkerWorld
+from worker_world import LEASE_S, WorkerProcess, WorkerWorld
 
 pytestmark = pytest.mark.slow
 STEPS = 60
@@ -199,6 +203,51 @@ def test_stop_pause_and_cancel_reach_a_worker(world: WorkerWorld) -> None:
     world.wait(cancelled, "cancelled")
     assert time.monotonic() - began < 10
     until(lambda: worker.status() == "idle")
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("WORKER_FAULTS", "1"))))
+def test_whatever_fails_whenever(world: WorkerWorld, seed: int) -> None:
+    """Three faults one after another, at random moments: the weights are those of an undisturbed run, told in order."""
+    draw = random.Random(seed)
+    for _ in range(2):
+        world.add(**behaviour(steps=400, step_s=0.005))
+    job_id = world.submit(max_attempts=20)
+    for _ in range(3):
+        time.sleep(draw.uniform(0.2, 2.0))
+        job = world.server.get(f"/api/jobs/{job_id}")["job"]
+        holder = next((worker for worker in world.workers if worker.worker_id == job["worker_id"]), world.workers[0])
+        disturb(world, holder, draw)
+    job = world.wait(job_id, "completed", "failed", "lost", within_s=120)
+    assert job["status"] == "completed", job["status_reason"]
+    assert world.weights() == undisturbed(400)
+    told = world.steps_told(job_id)
+    assert [attempt for attempt, _ in told] == sorted(attempt for attempt, _ in told)
+    for attempt in {attempt for attempt, _ in told}:
+        steps = [step for number, step in told if number == attempt]
+        assert steps == list(range(steps[0], steps[0] + len(steps))), "no gap within an attempt, and nothing twice"
+
+
+def disturb(world: WorkerWorld, holder: WorkerProcess, draw: random.Random) -> None:
+    what = draw.choice(["cut", "kill job", "kill server", "kill agent", "freeze"])
+    if what == "cut":
+        holder.line.cut()
+        time.sleep(draw.uniform(0.2, 1.5 * LEASE_S))
+        holder.line.mend()
+    elif what == "kill server":
+        world.server.kill()
+        time.sleep(draw.uniform(0, 1.5 * LEASE_S))
+        world.server.start()
+    elif what == "kill agent":
+        holder.process.kill()
+        holder.process.wait()
+        holder.start()
+    elif victims := holder.processes():
+        with suppress(psutil.NoSuchProcess):
+            victim = draw.choice(victims)
+            victim.send_signal(signal.SIGKILL if what == "kill job" else signal.SIGSTOP)
+            if what == "freeze":
+                time.sleep(draw.uniform(0.2, 1.5 * LEASE_S))
+                victim.send_signal(signal.SIGCONT)
 
 
 def test_tokens_and_epochs(world: WorkerWorld) -> None:

@@ -18,17 +18,26 @@ class Outcome:
     next_attempt: int | None = None
 
 
+VANISHED = "The runner vanished without saying how the job ended."
+
+
 def judge(
-    *, status: JobStatus, mode: str | None, record: ExitRecord | None, attempt: int, max_attempts: int
+    *,
+    status: JobStatus,
+    mode: str | None,
+    record: ExitRecord | None,
+    attempt: int,
+    max_attempts: int,
+    vanished: str = VANISHED,
 ) -> Outcome:
-    """`record` None means that the runner vanished without one."""
+    """`record` None means that the runner vanished without one, which `vanished` says to people."""
     mode = mode or (record.mode if record else None)
     if record is not None and record.code == ExitCode.DONE:
         return Outcome(to=JobStatus.COMPLETED, reason="Completed")
     if mode == "cancel" and status is JobStatus.STOPPING:
         return Outcome(to=JobStatus.CANCELLED, reason="Cancelled")
     if record is None:
-        ended = Outcome(to=JobStatus.LOST, reason="The runner vanished without saying how the job ended.")
+        ended = Outcome(to=JobStatus.LOST, reason=vanished)
         return _retried(ended, mode, attempt, max_attempts)
     if record.code == ExitCode.STOPPED or record.forced:
         return _stopped(status, mode, record)

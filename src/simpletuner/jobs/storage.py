@@ -43,6 +43,12 @@ class Storage:
         self._root = job.root / "storage" / str(epoch)
         self._published = job.root / PUBLISHED
 
+    def begin(self) -> None:
+        """What was never published of earlier epochs never will be."""
+        for other in self._root.parent.glob("*"):
+            if other != self._root:
+                shutil.rmtree(other, ignore_errors=True)
+
     def received(self, path: str) -> tuple[int, bool]:
         """Bytes of `path` that are here, and whether that is all of it."""
         whole = self._locate(path)

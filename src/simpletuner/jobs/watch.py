@@ -12,7 +12,7 @@ from simpletuner.errors import ExitCode
 from simpletuner.events import EventType
 from simpletuner.job import Command, CommandName, ExitRecord, JobDir, JobStatus
 from simpletuner.jobs.executor import Executor
-from simpletuner.jobs.outcome import judge
+from simpletuner.jobs.outcome import VANISHED, judge
 from simpletuner.store.event_row import StoredEvent
 from simpletuner.store.job_row import JobRow, Move
 from simpletuner.store.store import Store
@@ -82,7 +82,12 @@ class Watch:
 
     def _end(self, job: JobRow, folder: JobDir, record: ExitRecord | None) -> None:
         outcome = judge(
-            status=job.status, mode=job.mode, record=record, attempt=job.attempt, max_attempts=job.max_attempts
+            status=job.status,
+            mode=job.mode,
+            record=record,
+            attempt=job.attempt,
+            max_attempts=job.max_attempts,
+            vanished=self._how_it_vanished(job),
         )
         move = Move(
             job_id=job.job_id,
@@ -97,6 +102,10 @@ class Watch:
         )
         if self._store.jobs.move(move):
             self._forget(job, folder, lost=record is None)
+
+    def _how_it_vanished(self, job: JobRow) -> str:
+        worker = self._store.workers.get(job.worker_id) if job.worker_id else None
+        return f"Worker {worker.name} was not heard of until its lease ended." if worker else VANISHED
 
     def _forget(self, job: JobRow, folder: JobDir, *, lost: bool) -> None:
         self._free_since.pop(job.job_id, None)

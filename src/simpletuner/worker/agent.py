@@ -17,6 +17,7 @@ from typing import Any
 
 import simpletuner
 from simpletuner.errors import ExitCode, UserError
+from simpletuner.job import hold_lock
 from simpletuner.jobs.devices import Device, read_inventory
 from simpletuner.jobs.executor import PACKAGE_ROOT
 from simpletuner.worker.assignment import Assignment, RunFolder
@@ -25,6 +26,7 @@ from simpletuner.worker.link import Link, Refused, Unreachable
 log = logging.getLogger(__name__)
 
 POLL_S, SLACK_S = 20.0, 10.0
+AGAIN_S = 0.5
 RECONNECT_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 UNUSED_S = 7 * 24 * 3600.0
 
@@ -58,15 +60,25 @@ class Agent:
         self._say = say
         self._over = threading.Event()
         self._interruptible = False
-        self._keepers: list[subprocess.Popen[bytes]] = []
+        self._keepers: dict[Path, subprocess.Popen[bytes]] = {}
         self._heartbeat_s = 30.0
 
     def run(self) -> None:
-        """Raises Refused where the server will not have this worker."""
+        """Raises Refused where the server will not have this worker, UserError where its folder is another's."""
         signal.signal(signal.SIGTERM, self._on_term)
         signal.signal(signal.SIGINT, self._on_term)
-        self._settings.root.mkdir(parents=True, exist_ok=True)
-        self._settings.root.chmod(0o700)
+        root = self._settings.root
+        root.mkdir(parents=True, exist_ok=True)
+        root.chmod(0o700)
+        try:
+            with hold_lock(root / "agent.lock"):
+                self._serve()
+        except BlockingIOError as error:
+            message = f"Another worker {self._settings.name} runs in {root}."
+            hint = "Give this one another --name or --state-dir."
+            raise UserError("state_locked", message, hint=hint, exit_code=ExitCode.STORAGE) from error
+
+    def _serve(self) -> None:
         self._tidy()
         link = self._link()
         worker_id = self._patiently(lambda: self._register(link))
@@ -77,8 +89,10 @@ class Agent:
         beating.start()
         while not self._over.is_set():
             messages = self._patiently(lambda: self._poll(link, worker_id))
-            for message in messages or ():
-                self._act(message)
+            news = [self._act(message) for message in messages or ()]
+            if news and not any(news):
+                # Told again, until the keeper has its lease.
+                self._over.wait(AGAIN_S)
         self._leave(link, worker_id)
         link.close()
 
@@ -125,24 +139,31 @@ class Agent:
                 return answer
         return None
 
-    def _act(self, message: dict[str, Any]) -> None:
+    def _act(self, message: dict[str, Any]) -> bool:
+        """Whether it was news."""
         if message["type"] == "job_submit":
-            self._launch(message)
-        elif message["type"] == "shutdown":
+            return self._launch(message)
+        if message["type"] == "shutdown":
             self._say("The server has told this worker to end.")
             self._over.set()
+        elif message["type"] == "drain":
+            self._say("This worker drains: it gets no other job.")
+        return True
 
-    def _launch(self, message: dict[str, Any]) -> None:
+    def _launch(self, message: dict[str, Any]) -> bool:
         """Given again until the keeper has the lease: one that lives already is left alone."""
         told = {"server_url": self._settings.url, "verifies_tls": self._settings.verifies_tls}
         assignment = Assignment.model_validate(message | told)
         folder = RunFolder(self._settings.root, assignment.job_id, assignment.epoch)
-        if folder.path.exists():
-            return
+        keeper = self._keepers.get(folder.path)
+        if folder.is_kept() or (keeper is not None and keeper.poll() is None):
+            return False
+        shutil.rmtree(folder.path, ignore_errors=True)
         folder.write(assignment)
         self._say(f"Job {assignment.job_id}, attempt {assignment.attempt}, is being started.")
+        self._keepers = {path: other for path, other in self._keepers.items() if other.poll() is None}
         with (folder.path / "keeper.log").open("ab") as output:
-            keeper = subprocess.Popen(
+            self._keepers[folder.path] = subprocess.Popen(
                 [sys.executable, "-m", "simpletuner.worker.keeper", str(folder.path)],
                 cwd=folder.path,
                 env=self._keeper_environment(),
@@ -151,7 +172,7 @@ class Agent:
                 stderr=output,
                 start_new_session=True,
             )
-        self._keepers = [other for other in self._keepers if other.poll() is None] + [keeper]
+        return True
 
     def _keeper_environment(self) -> dict[str, str]:
         """The token of this worker is nothing that a trainer needs."""
@@ -176,10 +197,10 @@ class Agent:
     def _leave(self, link: Link, worker_id: str) -> None:
         """A persistent worker's jobs go on without it, as a server's do; of any other they end with a checkpoint."""
         if not self._settings.persistent:
-            for keeper in self._keepers:
+            for keeper in self._keepers.values():
                 if keeper.poll() is None:
                     keeper.terminate()
-            for keeper in self._keepers:
+            for keeper in self._keepers.values():
                 keeper.wait()
         try:
             link.ask("POST", "/api/workers/disconnect", json={"worker_id": worker_id})

@@ -64,7 +64,12 @@ class Keeper:
         signal.signal(signal.SIGTERM, self._on_term)
         link = JobLink(self._assignment)
         sent_at = boottime()
-        acked = link.ack(accepted=True)
+        try:
+            acked = link.ack(accepted=True)
+        except (Refused, Unreachable) as error:
+            # It is told again as long as it is ours.
+            print(f"The lease was not given: {error}", file=sys.stderr)
+            return
         self._clock = LeaseClock(self._assignment.lease_s, sent_at)
         renewing = threading.Thread(target=self._renew, daemon=True)
         renewing.start()

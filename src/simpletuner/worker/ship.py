@@ -93,7 +93,8 @@ class OutputSync:
         output = self._folder.output
         complete = [each.name for each in list_checkpoints(output) if each.manifest is not None]
         best = output / BEST
-        names = list(dict.fromkeys([*complete[:1], *([best.readlink().name] if best.is_symlink() else [])]))
+        best_name = best.readlink().name if best.is_symlink() else None
+        names = complete[:1] if best_name in {None, *complete[:1]} else [*complete[:1], str(best_name)]
         if not names or names == self._sent:
             return
         copies = self._folder.path / "snapshot"
@@ -105,7 +106,7 @@ class OutputSync:
             # One was pruned just now: there is a newer one.
             return
         self._copy_small(copies)
-        self._publish(link, copies, best=names[1] if len(names) > 1 else names[0] if best.is_symlink() else None)
+        self._publish(link, copies, best=best_name)
         self._sent = names
         shutil.rmtree(copies)
 

@@ -89,6 +89,7 @@ def _ack(core: Core, holder: Holder, job_id: str, body: Ack) -> Acked:
     job = holder.job
     sizes = {"journal_start": size_of(job.journal_path), "log_start": size_of(job.log_path)}
     if holder.assignment.state == "offered" and core.store.assignments.take(job_id, body.epoch, **sizes):
+        holder.storage.begin()
         core.supervisor.wake()
     taken = core.store.assignments.get(job_id)
     if taken is None or taken.epoch != body.epoch or taken.state != "taken":

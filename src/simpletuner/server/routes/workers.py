@@ -217,6 +217,7 @@ def heartbeat(core: CoreDep, worker: WorkerDep, body: Heartbeat) -> Done:
 @router.post("/disconnect", operation_id="disconnect_worker", dependencies=[agents()], responses=ERRORS)
 def disconnect(core: CoreDep, worker: WorkerDep, body: Leaving) -> Done:
     check_self(worker, body.worker_id)
+    core.store.workers.change(body.worker_id, connected_at=None)
     core.fleet.left(body.worker_id)
     core.supervisor.wake()
     return Done()
