@@ -121,7 +121,9 @@ def warm_servers() -> WarmStart:
 class ServerProcess:
     """A real server on a free port."""
 
-    def __init__(self, workspace: Path, *, environment: str = "", is_cold: bool = False, **environ: str) -> None:
+    def __init__(
+        self, workspace: Path, *, environment: str = "", is_cold: bool = False, host: str = "127.0.0.1", **environ: str
+    ) -> None:
         """`is_cold`: it imports for itself what a server needs."""
         self.workspace = workspace
         self._is_cold = is_cold
@@ -132,6 +134,7 @@ class ServerProcess:
             dict(os.environ)
             | {"PYTHONPATH": str(SOURCE), "SIMPLETUNER_TRAINER": str(FAKE_TRAINER), "SIMPLETUNER_DEVICES": "cpu:1"}
             | environ
+            | {"TEST_HOST": host}
         )
         self.http = httpx2.Client(base_url=self.url, timeout=20)
         self.start()

@@ -15,6 +15,8 @@ class FaultyLine:
     """Listens on a port of its own, in a thread of its own."""
 
     def __init__(self, target_port: int) -> None:
+        self.host = "localhost"
+        self.prefix: list[str] = []
         self._target = target_port
         self._loop = asyncio.new_event_loop()
         self._open = asyncio.Event()

@@ -14,10 +14,13 @@ from typing import Any
 import psutil
 from control_world import FAKE_TRAINER, SOURCE, ServerProcess, cmd, until
 from faulty_line import FaultyLine
+from namespace_line import NamespaceLine
 
 from simpletuner.checkpoints import list_checkpoints
 
 LEASE_S = 4.0
+IN_NAMESPACES = bool(os.environ.get("WORKER_NAMESPACES"))
+"""Root's: each worker is a machine of its own in the network, else its line is a proxy."""
 
 
 class WorkerProcess:
@@ -31,14 +34,14 @@ class WorkerProcess:
         made = server.http.post("/api/admin/workers", json={"name": name})
         assert made.status_code == 201, made.text
         self.worker_id: str = made.json()["worker_id"]
-        self.line = FaultyLine(server.port)
+        self.line = (NamespaceLine if IN_NAMESPACES else FaultyLine)(server.port)
         self._words = words
         self._environ = {
             **os.environ,
             "PYTHONPATH": str(SOURCE),
             "SIMPLETUNER_TRAINER": str(FAKE_TRAINER),
             "SIMPLETUNER_DEVICES": "cpu:1",
-            "SIMPLETUNER_ORCHESTRATOR_URL": f"http://localhost:{self.line.port}",
+            "SIMPLETUNER_ORCHESTRATOR_URL": f"http://{self.line.host}:{self.line.port}",
             "SIMPLETUNER_WORKER_TOKEN": made.json()["token"],
             **environ,
         }
@@ -46,7 +49,16 @@ class WorkerProcess:
         until(lambda: self.status() == "idle")
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "simpletuner.cli.main", "worker", "--name", self.name, *self._words]
+        command = [
+            *self.line.prefix,
+            sys.executable,
+            "-m",
+            "simpletuner.cli.main",
+            "worker",
+            "--name",
+            self.name,
+            *self._words,
+        ]
         with (self.folder / "worker.log").open("ab") as log:
             self.process = subprocess.Popen(command, cwd=self.folder, env=self._environ, stdout=log, stderr=log)
 
@@ -96,7 +108,10 @@ class WorkerWorld:
     def __init__(self, workspace: Path) -> None:
         self.workspace = workspace
         self.server = ServerProcess(
-            workspace, SIMPLETUNER_LEASE_S=str(LEASE_S), SIMPLETUNER_HEARTBEAT_S=str(LEASE_S / 4)
+            workspace,
+            host="0.0.0.0" if IN_NAMESPACES else "127.0.0.1",
+            SIMPLETUNER_LEASE_S=str(LEASE_S),
+            SIMPLETUNER_HEARTBEAT_S=str(LEASE_S / 4),
         )
         self.workers: list[WorkerProcess] = []
 

@@ -201,7 +201,8 @@ class Keeper:
     def _renew(self) -> None:
         """In a thread of its own, from the first moment to the last."""
         link = JobLink(self._assignment)
-        wait_s = min(MOST_WAIT_S, self._assignment.heartbeat_s, self._assignment.lease_s / 4)
+        # Half of what is allowed: a line may be cut for half of the lease just before a renewal is due.
+        wait_s = min(MOST_WAIT_S, self._assignment.heartbeat_s, self._assignment.lease_s / 8)
         known: set[str] = set()
         held_s = 0.0
         while not self._done.is_set():
