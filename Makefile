@@ -10,14 +10,15 @@ demo: $(READY)
 	$(BIN)/python -m scripts.demo
 
 SHORT := -m pytest -m "not slow and not long" -p no:cacheprovider
-SLOW := -m pytest -m "slow and not long" -p no:cacheprovider
+SLOW := -m pytest -m "slow and not long" -p no:cacheprovider --ignore tests/control
+CONTROL := -m pytest -m "not long" -p no:cacheprovider tests/control
 
-# Side by side: lint, the slow tests, those of the control world and the others. Each waits a good deal for processes and
+# Side by side: lint, those of the control world, the slow ones of the others and the rest. Each waits a good deal for processes and
 # timers, so that three of them keep two cores busy.
 test: $(READY)
 	@$(MAKE) --no-print-directory lint & lint=$$!; \
 	$(BIN)/python $(SLOW) & slow=$$!; \
-	$(BIN)/python $(SHORT) tests/control & control=$$!; \
+	$(BIN)/python $(CONTROL) & control=$$!; \
 	$(BIN)/python $(SHORT) --ignore tests/control; failed=$$?; \
 	for part in $$lint $$slow $$control; do wait $$part || failed=1; done; exit $$failed
 
@@ -25,6 +26,7 @@ test: $(READY)
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long
 	SERVER_KILLS=26 MORE_INPUTS=3 $(BIN)/python -m pytest tests/control/test_kills.py tests/control/test_any_input.py
+	WORKER_FAULTS=20 $(BIN)/python -m pytest tests/control/test_worker_faults.py
 
 check: lint
 	$(BIN)/python $(SHORT)

@@ -66,6 +66,7 @@ def test_a_job_on_a_worker_is_one_at_the_server(world: WorkerWorld) -> None:
     assert {path.name: path.stat().st_ino for path in worker.folder.rglob("objects/*/*")} == objects
 
 
+@pytest.mark.long
 def test_a_short_cut_is_no_matter(world: WorkerWorld) -> None:
     worker = world.add(**behaviour(steps=150))
     job_id = world.submit()
@@ -97,7 +98,9 @@ def test_a_long_cut_ends_the_attempt_before_the_next_begins(world: WorkerWorld) 
     assert first.status() in {"quarantined", "idle"}
 
 
-@pytest.mark.parametrize("victim", ["keeper", "trainer", "machine"])
+@pytest.mark.parametrize(
+    "victim", ["keeper", *(pytest.param(other, marks=pytest.mark.long) for other in ("trainer", "machine"))]
+)
 def test_killed(world: WorkerWorld, victim: str) -> None:
     first = world.add(**behaviour(steps=400))
     job_id = world.submit()
@@ -114,6 +117,7 @@ def test_killed(world: WorkerWorld, victim: str) -> None:
     assert not first.processes()
 
 
+@pytest.mark.long
 def test_the_server_is_killed_and_comes_back(world: WorkerWorld) -> None:
     world.add(**behaviour(steps=200))
     job_id = world.submit()
@@ -125,6 +129,7 @@ def test_the_server_is_killed_and_comes_back(world: WorkerWorld) -> None:
     assert world.steps_told(job_id) == [(1, step) for step in range(1, 201)]
 
 
+@pytest.mark.long
 def test_the_server_is_away_for_longer_than_the_lease(world: WorkerWorld) -> None:
     worker = world.add(**behaviour(steps=500))
     job_id = world.submit()
@@ -140,6 +145,7 @@ def test_the_server_is_away_for_longer_than_the_lease(world: WorkerWorld) -> Non
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.long
 def test_a_frozen_runner_finds_the_fence(world: WorkerWorld) -> None:
     first = world.add(**behaviour(steps=400))
     job_id = world.submit()
@@ -157,6 +163,7 @@ def test_a_frozen_runner_finds_the_fence(world: WorkerWorld) -> None:
     assert world.weights() == undisturbed(400)
 
 
+@pytest.mark.long
 def test_an_ephemeral_worker_that_must_go_hands_its_job_on(world: WorkerWorld) -> None:
     first = world.add(**behaviour(steps=400))
     job_id = world.submit()
@@ -170,6 +177,7 @@ def test_an_ephemeral_worker_that_must_go_hands_its_job_on(world: WorkerWorld) -
     assert steps == sorted(set(steps)) and world.weights() == undisturbed(400)
 
 
+@pytest.mark.long
 def test_a_persistent_worker_finds_its_job_again(world: WorkerWorld) -> None:
     worker = world.add("--persistent", **behaviour(steps=200))
     job_id = world.submit()
@@ -205,6 +213,7 @@ def test_stop_pause_and_cancel_reach_a_worker(world: WorkerWorld) -> None:
     until(lambda: worker.status() == "idle")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(int(os.environ.get("WORKER_FAULTS", "1"))))
 def test_whatever_fails_whenever(world: WorkerWorld, seed: int) -> None:
     """Three faults one after another, at random moments: the weights are those of an undisturbed run, told in order."""
