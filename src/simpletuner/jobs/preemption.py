@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from simpletuner.jobs.scheduler import Candidate, Occupant, Start, Wait
 
 URGENT = 30
 """Base priority from which a job may have others yield, and below which a running one may be asked to."""
+MOST_TRIED = 64
+"""On a machine with hundreds of jobs not every one of them is tried alone."""
 HELD_BY_OTHERS = frozenset({"gpus_busy", "job_limit", "gpu_limit"})
 
 PlanAlone = Callable[[Candidate, Sequence[Occupant]], Start | Wait]
@@ -61,17 +64,14 @@ def _choose(job: Candidate, running: Sequence[Occupant], plan_alone: PlanAlone) 
         return []
     able = [each for each in running if each.worker_id is None and each.priority < min(URGENT, job.priority)]
     able.sort(key=lambda each: (each.priority, -each.started_order))
-    alone = next((victim for victim in able if helps([victim])), None)
-    if alone is not None:
-        return [alone]
     if not helps(able):
         return None
-    chosen: list[Occupant] = []
-    for victim in able:
-        chosen.append(victim)
-        if helps(chosen):
-            break
-    for victim in list(chosen):
+    alone = next((victim for victim in able[:MOST_TRIED] if helps([victim])), None)
+    if alone is not None:
+        return [alone]
+    # More of them help no less.
+    chosen = able[: bisect_left(range(len(able)), True, key=lambda count: helps(able[:count]))]
+    for victim in chosen[:MOST_TRIED]:
         fewer = [other for other in chosen if other is not victim]
         if helps(fewer):
             chosen = fewer
