@@ -155,10 +155,10 @@ class Agent:
         assignment = Assignment.model_validate(message | told)
         folder = RunFolder(self._settings.root, assignment.job_id, assignment.epoch)
         keeper = self._keepers.get(folder.path)
-        if folder.is_kept() or (keeper is not None and keeper.poll() is None):
-            return False
-        shutil.rmtree(folder.path, ignore_errors=True)
         try:
+            if folder.is_kept() or (keeper is not None and keeper.poll() is None):
+                return False
+            shutil.rmtree(folder.path, ignore_errors=True)
             folder.write(assignment)
         except OSError as error:
             self._refuse(assignment, f"{self._settings.name} cannot store it: {error.strerror}.")
