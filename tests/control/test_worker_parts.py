@@ -155,7 +155,9 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(job: JobDir, tmp_path: Path) 
     assert sorted(storage.missing(wanted)) == ["checkpoint-10/a", "checkpoint-10/b", "metrics"]
     put(storage, "checkpoint-10/a", b"weights")
     put(storage, "metrics", b"1")
-    assert storage.missing(wanted) == ["checkpoint-10/b"] and not output.exists()
+    assert storage.missing(wanted) == ["checkpoint-10/b"] and [path.name for path in output.iterdir()] == [
+        ".incoming-job-1"
+    ]
     assert Storage(job, 2).missing(wanted) == sorted(wanted.files), "nothing of an older epoch counts"
     put(storage, "checkpoint-10/b", b"rest")
     storage.publish(wanted, checkpoint_limit=0)
@@ -171,8 +173,16 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(job: JobDir, tmp_path: Path) 
         "a": b"weights",
         "b": b"other",
     }
+    later.forget()
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-10", "metrics"]
     (output / "checkpoint-10/a").unlink()
     assert later.missing(again) == ["checkpoint-10/a"], "somebody has removed it"
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../../x", "", "a//b", "./a", "a/", ".."])
+def test_a_runner_names_files_of_the_output_folder_and_no_others(path: str) -> None:
+    with pytest.raises(ValueError, match="plain path"):
+        Outputs.model_validate({"files": {path: {"bytes": 1, "sha256": "0" * 64}}})
 
 
 def test_an_upload_goes_on_where_it_was_broken_off(job: JobDir) -> None:

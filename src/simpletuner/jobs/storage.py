@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from simpletuner.checkpoints import BEST, hash_file, prune_checkpoints
 from simpletuner.errors import UserError
@@ -25,27 +25,38 @@ class OutputFile(BaseModel):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
+def _plain(path: str) -> str:
+    """Below a folder, however it is joined to it."""
+    if not path or path != str(PurePosixPath(path)) or path.startswith("/") or ".." in PurePosixPath(path).parts:
+        raise ValueError(f"{path!r} is no plain path")
+    return path
+
+
 class Outputs(BaseModel):
     """Files of the output folder, by path, and its link to the best checkpoint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    files: dict[str, OutputFile] = Field(max_length=200_000)
+    files: dict[Annotated[str, AfterValidator(_plain)], OutputFile] = Field(max_length=200_000)
     best: str | None = Field(default=None, pattern=r"^checkpoint-\d{1,12}$")
 
 
 class Storage:
-    """Of one job and epoch. Nothing of an older epoch is ever looked at."""
+    """Of one job and epoch. Nothing of an older epoch is ever looked at.
+
+    What comes lies in a hidden folder of the output folder, so that putting it into place is renaming, never copying.
+    """
 
     def __init__(self, job: JobDir, epoch: int) -> None:
         self._job = job
         self._output_dir = Path(job.read_spec().output_dir)
-        self._root = job.root / "storage" / str(epoch)
+        self._pattern = f".incoming-{job.root.name}-*"
+        self._root = self._output_dir / self._pattern.replace("*", str(epoch))
         self._published = job.root / PUBLISHED
 
     def begin(self) -> None:
         """What was never published of earlier epochs never will be."""
-        for other in self._root.parent.glob("*"):
+        for other in self._output_dir.glob(self._pattern):
             if other != self._root:
                 shutil.rmtree(other, ignore_errors=True)
 
@@ -95,9 +106,9 @@ class Storage:
 
     def publish(self, outputs: Outputs, *, checkpoint_limit: int) -> None:
         """Have the output folder hold `outputs`, each checkpoint whole or not at all. None of them may be missing."""
-        staged, output_dir = self._root / "output", self._output_dir
+        staged, output_dir = self._root, self._output_dir
         output_dir.mkdir(parents=True, exist_ok=True)
-        for leftover in staged.rglob(f".*{_SUM}"):
+        for leftover in [*staged.rglob(f".*{_SUM}"), *staged.rglob(f".*{_PART}")]:
             leftover.unlink()
         units = {_unit(path) for path in outputs.files if (staged / path).is_file()}
         for path in outputs.files:
@@ -115,8 +126,9 @@ class Storage:
         write_atomic(self._published, json.dumps({path: file.model_dump() for path, file in known.items()}).encode())
 
     def forget(self) -> None:
-        """What was never published of this epoch."""
-        shutil.rmtree(self._root, ignore_errors=True)
+        """What was never published, of any epoch."""
+        for leftover in self._output_dir.glob(self._pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _is_there(self, path: str, file: OutputFile) -> bool:
         place = self._output_dir / path
@@ -143,7 +155,7 @@ class Storage:
             raise UserError(
                 "bad_path", f"{path!r} is no place for what a runner sends.", hint="output/… or artifacts/…"
             )
-        return self._root.joinpath(*parts)
+        return self._root.joinpath(*parts[1:])
 
 
 def _part(whole: Path) -> Path:
@@ -162,20 +174,14 @@ def _unit(path: str) -> str:
 
 
 def _put(source: Path, place: Path) -> None:
-    """By renaming, through a copy beside it where the output folder is on another disk."""
+    """By renaming; of a checkpoint there is the old one or the new one, but for an instant."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    beside = place.with_name(f".{place.name}-tmp")
-    _remove(beside)
-    try:
-        source.rename(beside)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        (shutil.copytree if source.is_dir() else shutil.copy2)(source, beside)
-        _remove(source)
+    aside = place.with_name(f".{place.name}-old")
+    shutil.rmtree(aside, ignore_errors=True)
     if place.is_dir():
-        _remove(place)
-    beside.replace(place)
+        place.rename(aside)
+    source.replace(place)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _link(link: Path, target: str) -> None:
@@ -183,10 +189,3 @@ def _link(link: Path, target: str) -> None:
     beside.unlink(missing_ok=True)
     beside.symlink_to(target)
     beside.replace(link)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -139,7 +139,6 @@ def _report(core: Core, holder: Holder, body: Report) -> None:
         except ValueError as error:
             raise UserError("invalid_field", f"This is no exit: {error}", pointer="/exit") from error
         holder.job.write_exit(record)
-        holder.storage.forget()
     core.supervisor.wake()
 
 
