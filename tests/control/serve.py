@@ -13,7 +13,7 @@ from simpletuner.server.settings import ServerSettings
 
 def main() -> int:
     workspace, port, *environment = sys.argv[1:]
-    flags = {"workspace": workspace, "port": int(port), "host": os.environ["TEST_HOST"]}
+    flags = {"workspace": workspace, "port": int(port), "host": os.environ.get("TEST_HOST", "127.0.0.1")}
     try:
         settings = ServerSettings.read(flags, os.environ, Path.cwd())
         run_server(settings, environment=environment[0] if environment else None)

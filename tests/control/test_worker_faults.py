@@ -259,6 +259,21 @@ def disturb(world: WorkerWorld, holder: WorkerProcess, draw: random.Random) -> N
                 victim.send_signal(signal.SIGCONT)
 
 
+def test_a_worker_that_cannot_take_a_job_says_so(world: WorkerWorld) -> None:
+    """A file stands where its jobs would be; with a wrong token it ends, and says what is wrong."""
+    worker = world.add(**behaviour())
+    (worker.folder / ".simpletuner" / "worker" / "w0" / "jobs").write_text("")
+    job_id = world.submit()
+    job = world.wait(job_id, "queued")
+    told = [event["message"] for event in world.server.events(job_id=job_id, types="job.status")]
+    assert told[-1].startswith("Its worker refused it: w0 cannot store it") and job["attempt"] == 1
+    assert world.server.get("/api/queue")["entries"][0]["reason"] == "Needs a worker: w0 is busy."
+    refused = worker.run_again(SIMPLETUNER_WORKER_TOKEN="wt_wrong", SIMPLETUNER_STATE_DIR="other")
+    assert refused.returncode == 5 and "is not valid" in refused.stderr and "Traceback" not in refused.stderr
+    second = worker.run_again()
+    assert second.returncode == 73 and "Another worker w0 runs" in second.stderr
+
+
 def test_tokens_and_epochs(world: WorkerWorld) -> None:
     worker = world.add(**behaviour(steps=0))
     job_id, other = world.submit(), world.submit("other")

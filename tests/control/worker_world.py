@@ -62,6 +62,12 @@ class WorkerProcess:
         with (self.folder / "worker.log").open("ab") as log:
             self.process = subprocess.Popen(command, cwd=self.folder, env=self._environ, stdout=log, stderr=log)
 
+    def run_again(self, **environ: str) -> subprocess.CompletedProcess[str]:
+        """A second one, which is expected to end by itself."""
+        command = [sys.executable, "-m", "simpletuner.cli.main", "worker", "--name", self.name]
+        place = {"cwd": self.folder, "env": self._environ | environ}
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **place)
+
     def status(self) -> str:
         listed = self._server.get("/api/admin/workers")["workers"]
         return next(worker["status"] for worker in listed if worker["worker_id"] == self.worker_id)

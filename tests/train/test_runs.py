@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,7 +120,12 @@ def test_what_is_encoded_again(world: TinyWorld) -> None:
     assert encoded(world.run(**one)) == {"captions": (25, 0), "latents": (24, 0)}
     assert encoded(world.run(**one)) == {"captions": (0, 25), "latents": (0, 24)}
     (world.pictures / "red_64x64.png").rename(world.pictures / "crimson_64x64.png")
-    assert encoded(world.run(**one)) == {"captions": (1, 24), "latents": (0, 24)}, "an edited caption: one text"
+    tomorrow = time.time() + 86400
+    os.utime(world.pictures / "crimson_64x64.png", (tomorrow, tomorrow))
+    ran = world.run(**one)
+    assert encoded(ran) == {"captions": (1, 24), "latents": (0, 24)}, "an edited caption: one text"
+    [warning] = ran.notices("dataset_changed")
+    assert warning["message"].endswith("changed after the job was submitted: crimson_64x64.png.")
     world.pictures = world.pictures.rename(world.root / "moved")
     world.entries[0]["instance_data_dir"] = "moved"
     assert encoded(world.run(**one)) == {"captions": (0, 25), "latents": (0, 24)}, "a moved folder: nothing"

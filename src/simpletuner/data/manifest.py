@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
+from heapq import nlargest
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from simpletuner.data.table import CaptionTable, read_table
 from simpletuner.data.text_column import TextColumn
 from simpletuner.errors import placed
 
+NUM_NEWEST = 3
 Tokenizer = Callable[[Sequence[str]], Sequence[tuple[int, bool]]]
 """Captions → (tokens used, whether the caption was cut short) of each."""
 
@@ -68,6 +71,8 @@ class Manifest:
     captions: CaptionColumn
     mates: tuple[Manifest, ...] = ()
     """One per conditioning set, in the order of `conditioning_data`; row n belongs to row n here."""
+    newest: tuple[tuple[int, str], ...] = ()
+    """The files that changed last, captions too: `(time of change in ns, path)`, the newest first."""
     kept: NDArray[np.int32] = field(init=False)
     """Numbers of the kept rows, ascending."""
 
@@ -77,6 +82,10 @@ class Manifest:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def changed_since(self, moment: datetime) -> list[str]:
+        """Of the files that changed last those that did after `moment`: at most three, the latest first."""
+        return [path for mtime_ns, path in self.newest if mtime_ns > moment.timestamp() * 1e9]
 
     def plan(self, row: int) -> ResizePlan:
         """The stored plan of a row that has one."""
@@ -198,6 +207,7 @@ def _discover(
         rows.scales,
         contents,
         _caption_column(variants, tokenizer),
+        newest=tuple(nlargest(NUM_NEWEST, ((file.mtime_ns, file.path) for file in scan.files))),
     )
 
 

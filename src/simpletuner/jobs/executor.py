@@ -90,13 +90,16 @@ class LocalExecutor:
         self._children = {root: child for root, child in self._children.items() if child.poll() is None}
 
 
+def with_own_code(environ: Mapping[str, str]) -> dict[str, str]:
+    """For a process of ours: this code, wherever it was imported from, and never what lies in its working directory."""
+    paths = [str(PACKAGE_ROOT), *filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))]
+    absolute = os.pathsep.join(str(Path(path).resolve()) for path in paths)
+    return {**environ, "PYTHONPATH": absolute, "PYTHONSAFEPATH": "1"}
+
+
 def runner_environment(environ: Mapping[str, str], devices: Sequence[Device], *, num_slots: int) -> dict[str, str]:
     """Of a runner and its trainer on `devices`, of a machine that has `num_slots`."""
-    found = dict(environ)
-    # The code of this server, wherever it was imported from, and never what lies in the workspace.
-    paths = [str(PACKAGE_ROOT), *filter(None, found.get("PYTHONPATH", "").split(os.pathsep))]
-    found["PYTHONPATH"] = os.pathsep.join(str(Path(path).resolve()) for path in paths)
-    found["PYTHONSAFEPATH"] = "1"
+    found = with_own_code(environ)
     if num_slots > 1 and all(device.kind == "cpu" for device in devices):
         # Slots of one processor share its cores: more threads than cores make every one of them slower.
         found.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_slots)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def _prepare(job: JobDir, reporter: Reporter, requests: RequestReader, ranks: Ra
         texts.append(config.validation.validation_negative_prompt)
     family = build_family(config, family_spec)
     preparation = Preparation(config, family, reporter, requests, device, ranks)
-    manifests = preparation.discover(job.artifacts)
+    manifests = preparation.discover(job.artifacts, None if spec.continues else datetime.fromisoformat(spec.created_at))
     config, manifests, memory = BudgetPlanner(config, family_spec, manifests, device, ranks, reporter).plan(point)
     if memory.choice:
         family = build_family(config, family_spec)

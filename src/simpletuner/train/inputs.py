@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.cache import CacheStore, cache_key
 from simpletuner.data.ledger import check_defects, dataset_report, write_ledger
 from simpletuner.data.loader import Batch, BatchReader, LatentSource, TextSource
-from simpletuner.data.manifest import Manifest, discover
+from simpletuner.data.manifest import NUM_NEWEST, Manifest, discover
 from simpletuner.data.masks import MaskEncoder
 from simpletuner.data.pairs import pair_all, targets_of
 from simpletuner.data.plan import START, Entry, EpochPlan, Group
@@ -159,12 +160,15 @@ class Preparation:
         library = self._encode_library() if self._ranks.is_main else []
         return Inputs(found, latents, text, embeddings, library, self._config, self._ranks)
 
-    def discover(self, ledgers: Path) -> dict[str, Manifest]:
-        """Of the image and eval datasets, by id. Raises UserError (65) for defects, Ended when asked to end."""
-        with self._ranks.main_first():
-            return self._discover(ledgers)
+    def discover(self, ledgers: Path, submitted_at: datetime | None = None) -> dict[str, Manifest]:
+        """Of the image and eval datasets, by id. Raises UserError (65) for defects, Ended when asked to end.
 
-    def _discover(self, ledgers: Path) -> dict[str, Manifest]:
+        Files that changed after `submitted_at` are named.
+        """
+        with self._ranks.main_first():
+            return self._discover(ledgers, submitted_at)
+
+    def _discover(self, ledgers: Path, submitted_at: datetime | None) -> dict[str, Manifest]:
         found: list[Manifest] = []
         data = self._config.data
         with self._reporter.stage("init_data_backend", "Looking through the datasets") as stage:
@@ -179,10 +183,19 @@ class Preparation:
             for manifest in found if self._ranks.is_main else []:
                 write_ledger(manifest, ledgers / f"ledger-{manifest.dataset.id}.jsonl")
                 self._report_dataset(manifest)
+                self._report_changes(manifest, submitted_at)
             for problem in check_defects(targets_of(found), ignore_missing_files=data.ignore_missing_files):
                 if problem.level is Level.WARNING:
                     self._reporter.warn(problem.code, problem.message, hint=problem.hint, pointer=problem.pointer)
         return {manifest.dataset.id: manifest for manifest in targets_of(found)}
+
+    def _report_changes(self, manifest: Manifest, submitted_at: datetime | None) -> None:
+        """A job may have waited for days: what it trains on then is said, not silently another dataset."""
+        changed = manifest.changed_since(submitted_at) if submitted_at else []
+        if changed:
+            name, more = manifest.dataset.id, " and perhaps more" if len(changed) == NUM_NEWEST else ""
+            message = f"{name} changed after the job was submitted: {', '.join(changed)}{more}."
+            self._reporter.warn("dataset_changed", message, hint="The run uses them as they are now.")
 
     def _report_dataset(self, manifest: Manifest) -> None:
         report = dataset_report(manifest)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import signal
 import subprocess
@@ -19,9 +18,9 @@ import simpletuner
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.job import hold_lock
 from simpletuner.jobs.devices import Device, read_inventory
-from simpletuner.jobs.executor import PACKAGE_ROOT
+from simpletuner.jobs.executor import with_own_code
 from simpletuner.worker.assignment import Assignment, RunFolder
-from simpletuner.worker.link import Link, Refused, Unreachable
+from simpletuner.worker.link import JobLink, Link, Refused, Unreachable
 
 log = logging.getLogger(__name__)
 
@@ -156,10 +155,14 @@ class Agent:
         assignment = Assignment.model_validate(message | told)
         folder = RunFolder(self._settings.root, assignment.job_id, assignment.epoch)
         keeper = self._keepers.get(folder.path)
-        if folder.is_kept() or (keeper is not None and keeper.poll() is None):
-            return False
-        shutil.rmtree(folder.path, ignore_errors=True)
-        folder.write(assignment)
+        try:
+            if folder.is_kept() or (keeper is not None and keeper.poll() is None):
+                return False
+            shutil.rmtree(folder.path, ignore_errors=True)
+            folder.write(assignment)
+        except OSError as error:
+            self._refuse(assignment, f"{self._settings.name} cannot store it: {error.strerror}.")
+            return True
         self._say(f"Job {assignment.job_id}, attempt {assignment.attempt}, is being started.")
         self._keepers = {path: other for path, other in self._keepers.items() if other.poll() is None}
         with (folder.path / "keeper.log").open("ab") as output:
@@ -174,14 +177,20 @@ class Agent:
             )
         return True
 
+    def _refuse(self, assignment: Assignment, reason: str) -> None:
+        """It goes back into the queue at once, and not to this worker for a while."""
+        self._say(f"Job {assignment.job_id} is refused: {reason}")
+        link = JobLink(assignment)
+        try:
+            link.ack(accepted=False, reason=reason)
+        except (Unreachable, Refused) as error:
+            self._say(f"The refusal did not reach the server: {error}")
+        link.close()
+
     def _keeper_environment(self) -> dict[str, str]:
         """The token of this worker is nothing that a trainer needs."""
-        environment = {name: value for name, value in self._environ.items() if name != "SIMPLETUNER_WORKER_TOKEN"}
-        environment["SIMPLETUNER_DEVICES"] = self._settings.devices
-        paths = [str(PACKAGE_ROOT), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-        environment["PYTHONPATH"] = os.pathsep.join(str(Path(path).resolve()) for path in paths)
-        environment["PYTHONSAFEPATH"] = "1"
-        return environment
+        kept = {name: value for name, value in self._environ.items() if name != "SIMPLETUNER_WORKER_TOKEN"}
+        return with_own_code(kept) | {"SIMPLETUNER_DEVICES": self._settings.devices}
 
     def _beat(self, worker_id: str) -> None:
         link = self._link()
@@ -225,6 +234,9 @@ class Agent:
         return Link(self._settings.url, headers, verifies_tls=self._settings.verifies_tls)
 
     def _on_term(self, _signal: int, _frame: object) -> None:
+        if self._over.is_set():
+            # Told a second time while its jobs are being handed on.
+            raise KeyboardInterrupt
         self._over.set()
         if self._interruptible:
             # Out of a call that the server holds open.

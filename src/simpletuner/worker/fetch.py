@@ -19,7 +19,6 @@ from simpletuner.worker.link import JobLink, Unreachable
 CONNECTIONS = 6
 LISTING_S = 0.5
 RETRY_S = 2.0
-TRIES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +125,12 @@ class Fetch:
     def _download(self, link: JobLink, file: _Wanted, content: Path) -> None:
         content.parent.mkdir(parents=True, exist_ok=True)
         part = content.with_name(f".{content.name}.part")
-        for tries_left in reversed(range(TRIES)):
+        while True:
+            self._check()
             try:
                 self._go_on(link, file, part)
                 break
             except Unreachable:
-                if not tries_left:
-                    raise
                 self._sleep(RETRY_S)
         if hash_file(part) != file.sha256:
             part.unlink()

@@ -85,15 +85,19 @@ class Keeper:
             link.close()
 
     def _see_through(self, link: JobLink, journal_offset: int, log_offset: int) -> None:
-        self._folder.create_job(self._assignment)
-        record = Record(self._folder, self._assignment, journal_offset=journal_offset, log_offset=log_offset)
         try:
+            self._folder.create_job(self._assignment)
+            record = Record(self._folder, self._assignment, journal_offset=journal_offset, log_offset=log_offset)
             Fetch(self._folder, self._assignment, self._check_before).run(link)
         except AskedToEnd:
             self._end(link, self._not_begun())
             return
         except UserError as error:
             self._end(link, _failed(error.code, error.message, error.hint))
+            return
+        except OSError as error:
+            message = f"The worker could not store what the job needs: {error.strerror}."
+            self._end(link, _failed("worker_storage", message, "Make room there, or clear its state directory."))
             return
         except Refused as refused:
             if refused.code == "stale_lease":
@@ -121,7 +125,7 @@ class Keeper:
         if self._clock.is_lost:
             raise LeaseLost
         told = self._folder.job.read_exit() or ExitRecord(code=None, signal=signal.SIGKILL)
-        if not cut_off or told.code == ExitCode.DONE:
+        if not cut_off or told.code == ExitCode.DONE or self._is_asked_to_end:
             return told
         message = f"Worker and server lost each other for {cut_off:.0f} s, so that it was stopped."
         if self._leaving:
@@ -177,7 +181,9 @@ class Keeper:
             try:
                 step()
                 return
-            except Unreachable:
+            except (Unreachable, OSError) as error:
+                # Its disk may be full: there is nobody whom waiting for room could harm.
+                print(f"Trying again: {error}", file=sys.stderr, flush=True)
                 if boottime() > deadline:
                     raise LeaseLost from None
                 time.sleep(RETRY_S)
@@ -188,12 +194,12 @@ class Keeper:
         while not self._ended.is_set():
             try:
                 send(link)
-            except Unreachable:
-                self._ended.wait(RETRY_S)
             except Refused as refused:
                 if refused.code == "stale_lease":
                     self._clock.lose()
                     break
+                self._ended.wait(RETRY_S)
+            except (Unreachable, OSError):
                 self._ended.wait(RETRY_S)
             self._ended.wait(pause_s)
         link.close()
@@ -219,15 +225,23 @@ class Keeper:
             self._clock.renewed(sent_at)
             held_s = wait_s
             for row in answer["commands"]:
-                if row["request_id"] not in known:
+                if row["request_id"] not in known and self._obey(Command.model_validate(row)):
                     known.add(row["request_id"])
-                    self._obey(Command.model_validate(row))
         link.close()
 
-    def _obey(self, command: Command) -> None:
+    def _obey(self, command: Command) -> bool:
+        """Whether it was passed on: a full disk must not end the renewals."""
+        try:
+            if self._folder.job.root.is_dir():
+                self._folder.job.send(command)
+        except OSError:
+            return False
         self._asked.append(command)
-        if self._folder.job.root.is_dir():
-            self._folder.job.send(command)
+        return True
+
+    @property
+    def _is_asked_to_end(self) -> bool:
+        return any(command.command in ENDS for command in self._asked)
 
     def _check(self) -> None:
         """Before the trainer runs, and after. Raises LeaseLost."""
@@ -237,11 +251,11 @@ class Keeper:
     def _check_before(self) -> None:
         """Raises LeaseLost, or AskedToEnd."""
         self._check()
-        if self._leaving or any(command.command in ENDS for command in self._asked):
+        if self._leaving or self._is_asked_to_end:
             raise AskedToEnd
 
     def _not_begun(self) -> ExitRecord:
-        if any(command.command in ENDS for command in self._asked):
+        if self._is_asked_to_end:
             return ExitRecord(code=ExitCode.STOPPED, message="It was ended before it began.")
         return ExitRecord(code=None, signal=signal.SIGTERM, error_code=CUT_OFF, message=LEAVING, hint=CUT_OFF_HINT)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from itertools import islice
@@ -25,7 +26,7 @@ class Record:
         self._paths = folder.server_paths(assignment)
         self._journal_start, self._log_start = journal_offset, log_offset
         self._journal_sent, self._log_sent = journal_offset, log_offset
-        self._read = 0
+        self._read = self._translated = 0
         self._artifacts: set[str] = set()
         folder.shipped.write_bytes(b"")
 
@@ -35,18 +36,23 @@ class Record:
         self._send_artifacts(link)
         before = self._journal_sent, self._log_sent
         self._journal_sent = self._append(
-            link, "journal", self._folder.shipped, self._journal_start, self._journal_sent, whole_lines=True
+            link, "journal", self._folder.shipped, self._translated, self._journal_start, self._journal_sent
         )
-        self._log_sent = self._append(link, "log", self._folder.job.log_path, self._log_start, self._log_sent)
+        log_path = self._folder.job.log_path
+        size = log_path.stat().st_size if log_path.exists() else 0
+        self._log_sent = self._append(link, "log", log_path, size, self._log_start, self._log_sent)
         return before != (self._journal_sent, self._log_sent)
 
     def _translate(self) -> None:
         """New lines of the journal, with the server's paths in place of this machine's."""
-        with self._folder.shipped.open("ab") as out:
+        with self._folder.shipped.open("r+b", buffering=0) as out:
+            out.seek(self._translated)
             for offset, line in read_journal(self._folder.job.journal_path, self._read):
                 for here, there in self._paths:
                     line = line.replace(here, there)
-                out.write(line)
+                if out.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, "no space left for a line")
+                self._translated += len(line)
                 self._read = offset
 
     def _send_artifacts(self, link: JobLink) -> None:
@@ -55,15 +61,12 @@ class Record:
                 send_file(link, f"artifacts/{path.name}", path, hash_file(path))
                 self._artifacts.add(path.name)
 
-    def _append(self, link: JobLink, what: str, path: Path, start: int, sent: int, *, whole_lines: bool = False) -> int:
-        """What is there now: to run after one that grows all the time would leave the other behind."""
-        end = path.stat().st_size if path.exists() else 0
+    def _append(self, link: JobLink, what: str, path: Path, end: int, start: int, sent: int) -> int:
+        """Up to byte `end`: to run after a file that grows all the time would leave the other behind."""
         while sent - start < end:
             content = read_part(path, sent - start, min(BATCH, end - (sent - start)))
-            if whole_lines:
+            if what == "journal":
                 content = content[: content.rfind(b"\n") + 1] or next(iter(_line_at(path, sent - start)), b"")
-            if not content:
-                break
             try:
                 sent = link.append(what, content, sent)
             except Refused as refused:

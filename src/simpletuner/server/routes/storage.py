@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from concurrent.futures import wait
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -32,6 +33,8 @@ PUT_ERRORS = error_responses(
 )
 CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 BATCH = 1 << 20
+LISTING_S = 2.0
+"""So long an answer waits for the list of inputs: most are short."""
 Epoch = Annotated[int, Query(ge=1)]
 
 
@@ -71,6 +74,7 @@ class InputListing(BaseModel):
 def list_inputs(core: CoreDep, holder: HolderDep, epoch: Epoch) -> InputListing:
     holder.check_epoch(epoch)
     asked = core.inputs.ask(holder.job, epoch)
+    wait([asked.listing], timeout=LISTING_S)
     if not asked.listing.done():
         progress = asked.index.progress
         body = InputProgress(hashed_bytes=progress.done, total_bytes=progress.total)
