@@ -138,6 +138,29 @@ def test_a_lost_lease_must_be_lived_down(yard: Yard) -> None:
     assert found is not None and not found.quarantined
 
 
+def test_registering_again_lives_nothing_down(yard: Yard) -> None:
+    worker = yard.add("a")
+    yard.fleet.quarantine(worker)
+    yard.register(worker)
+    assert yard.status(worker) == "connecting"
+    yard.fleet.round()
+    yard.fleet.asks(worker)
+    assert yard.status(worker) == "quarantined"
+
+
+def test_a_server_that_starts_gives_nothing_to_one_that_it_has_not_heard(yard: Yard) -> None:
+    """It may be gone for weeks."""
+    worker, gone = yard.add("a"), yard.add("b")
+    yard.open()
+    assert [slot.status for slot in yard.fleet.slots()] == ["connecting", "connecting"]
+    yard.fleet.asks(worker)
+    yard.now += TIMERS.lease_s - 1
+    yard.fleet.beat(worker)
+    assert [yard.status(worker), yard.status(gone)] == ["idle", "connecting"]
+    yard.now += 1
+    assert [yard.status(worker), yard.status(gone)] == ["idle", "offline"]
+
+
 def test_one_that_did_not_answer_rests_and_is_last_then(yard: Yard) -> None:
     first, second = yard.add("a"), yard.add("b")
     yard.fleet.rest(first)

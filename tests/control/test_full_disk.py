@@ -15,7 +15,9 @@ from nano_world import OPTIONS, TERMINAL, start_server
 
 from simpletuner.checkpoints import find_faults, list_checkpoints
 from simpletuner.job import Command, CommandName, CommandReader, ExitRecord, JobDir
+from simpletuner.jobs.fleet import Fleet
 from simpletuner.jobs.runner import write_when_possible
+from simpletuner.jobs.worker_slot import WorkerTimers
 from simpletuner.store.store import Store
 
 BALLAST = "ballast"
@@ -171,6 +173,25 @@ def test_a_full_database_is_a_full_disk(mount: Mount) -> None:
     make_room(place)
     store.settings.set("after", 2)
     assert (store.settings.get("before"), store.settings.get("after")) == (1, 2)
+    store.close()
+
+
+def test_a_full_database_stops_no_heartbeat(mount: Mount) -> None:
+    place = mount("state", "1m")
+    store = Store.open(place)
+    store.workers.create("w", "a", "persistent", {}, "hash")
+    store.workers.change("w", gpu_info={"count": 1}, connected_at="2026-01-01T00:00:00.000Z")
+    fleet = Fleet(store, WorkerTimers())
+    fleet.asks("w")
+    fill(place)
+    for number in range(100):
+        fleet.beat("w", used_gb=number)
+    with pytest.raises(OSError):
+        fleet.round()
+    assert [slot.status for slot in fleet.slots()] == ["idle"] and fleet.load("w") == {"vram_used_gb": 99}
+    make_room(place)
+    assert fleet.round(), "what could not be told is told when there is room"
+    assert [item.event["data"]["to"] for _, item in store.outbox.waiting()] == ["idle"]
     store.close()
 
 

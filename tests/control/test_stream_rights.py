@@ -4,70 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from account_world import AccountWorld
+from listener import Listener
 
 from simpletuner.errors import UserError
 from simpletuner.server.identity import LOCAL
 from simpletuner.server.open_streams import MOST_OF_ONE, MOST_STREAMS, OpenStreams
 
 EVENTS = "/api/training/events/stream"
-
-
-class Listener:
-    """One stream of the application, read in this process."""
-
-    def __init__(self, world: AccountWorld, path: str, headers: dict[str, str], *, kind: str, peer: str) -> None:
-        self.sent: list[dict[str, Any]] = []
-        self._came = asyncio.Event()
-        self._gone = asyncio.Event()
-        self._asked = False
-        scope: dict[str, Any] = {
-            "type": kind,
-            "method": "GET",
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": b"",
-            "root_path": "",
-            "scheme": "http",
-            "client": (peer, 1),
-            "headers": [(b"host", b"localhost"), *((key.lower().encode(), headers[key].encode()) for key in headers)],
-            "subprotocols": [],
-            "extensions": {"websocket.http.response": {}},
-        }
-        self.task = asyncio.create_task(world.app(scope, self._receive, self._send))
-
-    async def _receive(self) -> dict[str, Any]:
-        if not self._asked:
-            self._asked = True
-            return {"type": "websocket.connect"}
-        await self._gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def _send(self, message: Any) -> None:
-        self.sent.append(message)
-        self._came.set()
-
-    async def first(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        while True:
-            for message in self.sent:
-                if wanted(message):
-                    return message
-            self._came.clear()
-            await asyncio.wait_for(self._came.wait(), 5)
-
-    async def status(self) -> int:
-        """101 of a socket that was accepted."""
-        answer = await self.first(lambda message: "status" in message or message["type"] == "websocket.accept")
-        return answer.get("status", 101)
-
-    async def leave(self) -> None:
-        self._gone.set()
-        await asyncio.wait_for(self.task, 5)
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 from account_world import AccountWorld
+from listener import Listener
 
 import simpletuner
 from simpletuner.job import JobStatus
+from simpletuner.jobs.fleet import Fleet
+from simpletuner.jobs.worker_slot import WorkerTimers
 from simpletuner.store.job_row import NewJob
 
 WORKERS = "/api/admin/workers"
@@ -134,6 +138,106 @@ def test_who_may_register(world: AccountWorld) -> None:
     assert shown["labels"] == {"gpu": "a100"} and shown["version"] == simpletuner.__version__
     changed = world.ask("PATCH", f"{WORKERS}/{made['worker_id']}", by="admin", json={"labels": {"gpu": "h100"}})
     assert changed.status_code == 200 and listed(world)["a"]["labels"] == {"gpu": "h100"}, "the server's win"
+
+
+def test_what_a_worker_says_of_itself_is_checked(world: AccountWorld) -> None:
+    """A memory of infinity would have ended every plan of the queue."""
+    made = make(world, "a")
+    headers = {"X-Worker-Token": made["token"], "Content-Type": "application/json"}
+    info = {"name": "A100", "count": 1}
+    told = {"name": "a", "gpu_info": info, "version": simpletuner.__version__}
+    for wrong in ("1e999", "NaN", "-1"):
+        text = json.dumps(told | {"gpu_info": info | {"vram_gb": 0.5}}).replace("0.5", wrong)
+        refused = world.ask("POST", "/api/workers/register", headers=headers, content=text)
+        assert refused.status_code == 422 and refused.json()["errors"][0]["pointer"] == "/gpu_info/vram_gb"
+        beat = json.dumps({"worker_id": made["worker_id"], "status": "idle", "vram_used_gb": 0.5}).replace("0.5", wrong)
+        refused = world.ask("POST", "/api/workers/heartbeat", headers=headers, content=beat)
+        assert refused.status_code == 422 and refused.json()["errors"][0]["pointer"] == "/vram_used_gb"
+    for wrong in ("a\nb", "-a", ""):
+        assert code(register(world, made, wrong)) == (422, "invalid_field")
+    assert code(register(world, made, "a", labels={"": "x"})) == (422, "invalid_field")
+    assert register(world, made, "a", gpu_info=info | {"vram_gb": 80}).status_code == 200
+
+
+def test_the_list_comes_in_pages(world: AccountWorld) -> None:
+    for name in "abc":
+        make(world, name)
+    answer = world.ask("GET", f"{WORKERS}?limit=2&offset=1", by="admin")
+    assert [worker["name"] for worker in answer.json()["workers"]] == ["b", "c"]
+    assert (answer.json()["total"], answer.headers["X-Total-Count"]) == (3, "3")
+
+
+def test_a_stream_brings_what_a_poll_does(world: AccountWorld) -> None:
+    made = make(world, "a")
+    path = register(world, made, "a").json()["sse_url"]
+
+    async def run() -> None:
+        listener = Listener(world, path, {"X-Worker-Token": made["token"]}, kind="http", peer="10.0.0.1")
+        assert await listener.status() == 200
+        await listener.first(frame("ping"))
+        assert (await asyncio.to_thread(status_of, world, made)) == "idle"
+        world.core.store.workers.change(made["worker_id"], draining=True)
+        world.core.fleet.told_anew(made["worker_id"])
+        await listener.first(frame("drain"))
+        world.core.fleet.forget(made["worker_id"])
+        await listener.first(frame("shutdown"))
+        await asyncio.wait_for(listener.task, 5)
+
+    world.loop.run(run())
+
+
+def test_what_is_sent_to_a_worker_does_not_show_that_it_lives(world: AccountWorld) -> None:
+    """A machine that lost its net keeps its stream open for a quarter of an hour, as far as this side can see."""
+    now = [1000.0]
+    fleet = Fleet(world.core.store, WorkerTimers(), clock=lambda: now[0])
+    world.core = world.app.state.core = replace(world.core, fleet=fleet)
+    made = make(world, "a")
+    path = register(world, made, "a").json()["sse_url"]
+
+    async def run() -> None:
+        listener = Listener(world, path, {"X-Worker-Token": made["token"]}, kind="http", peer="10.0.0.1")
+        await listener.first(frame("ping"))
+        now[0] += fleet.timers.lease_s
+        num_sent = len(listener.sent)
+        fleet.wake(made["worker_id"])
+        await listener.first(lambda message: len(listener.sent) > num_sent)
+        assert (await asyncio.to_thread(status_of, world, made)) == "offline"
+        await listener.leave()
+
+    world.loop.run(run())
+
+
+def test_a_new_token_ends_what_the_old_one_opened(world: AccountWorld) -> None:
+    made = make(world, "a")
+    path = register(world, made, "a").json()["sse_url"]
+    poll_path = f"/api/workers/queue?worker_id={made['worker_id']}&wait=20"
+    token = {"X-Worker-Token": made["token"]}
+
+    async def run() -> None:
+        held = Listener(world, poll_path, token, kind="http", peer="10.0.0.1")
+        while not world.core.fleet.bell.is_heard(made["worker_id"]):
+            await asyncio.sleep(0)
+        stream = Listener(world, path, token, kind="http", peer="10.0.0.1")
+        await stream.first(frame("ping"))
+        key = {"X-API-Key": world.keys["admin"]}
+        transport = httpx2.ASGITransport(app=world.app, client=("10.9.9.9", 1))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            await client.post(f"{WORKERS}/{made['worker_id']}/token", headers=key)
+        assert await held.status() == 401
+        await asyncio.wait_for(stream.task, 5)
+
+    world.loop.run(run())
+
+
+def frame(kind: str) -> Callable[[dict[str, Any]], bool]:
+    """Of a stream, with an event of that kind."""
+    return lambda message: f"event: {kind}\n".encode() in message.get("body", b"")
+
+
+def status_of(world: AccountWorld, made: dict[str, Any]) -> str:
+    worker = world.core.store.workers.get(made["worker_id"])
+    assert worker is not None
+    return world.core.fleet.status(worker)
 
 
 def test_a_poll_is_answered_at_once(world: AccountWorld) -> None:

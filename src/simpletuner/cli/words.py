@@ -50,19 +50,18 @@ def complete_jobs(_context: CompletionContext) -> list[tuple[str, str]]:
 
 
 def complete_workers(_context: CompletionContext) -> list[tuple[str, str]]:
-    return [(worker["name"], worker["status"]) for worker in _ask_server("/api/admin/workers", "workers", limit=None)]
+    return [(worker["name"], worker["status"]) for worker in _ask_server("/api/admin/workers", "workers")]
 
 
 def _environments_of_server() -> list[str]:
     return [config["name"] for config in _ask_server("/api/configs", "configs")]
 
 
-def _ask_server(path: str, part: str, *, limit: int | None = 500) -> list[dict[str, Any]]:
+def _ask_server(path: str, part: str) -> list[dict[str, Any]]:
     """A list; empty where no server answers in time."""
-    params = {} if limit is None else {"limit": limit}
     try:
         with Client(os.environ) as client:
-            return client.ask("GET", path, params=params, timeout=COMPLETION_S)[part]
+            return client.ask("GET", path, params={"limit": 500}, timeout=COMPLETION_S)[part]
     except Refusal:
         return []
 

@@ -13,6 +13,7 @@ from simpletuner.cli.refusal import ClientExit, Refusal
 from simpletuner.cli.words import WorkerName
 
 WORKERS = "/api/admin/workers"
+HEADS = ("NAME", "STATUS", "DEVICES", "JOB", "LABELS", "ID")
 Status = Literal["connecting", "idle", "busy", "draining", "quarantined", "offline"]
 
 
@@ -25,10 +26,9 @@ def list_workers(*, status: Status | None = None, flags: ServerFlags = NO_FLAGS)
         Only those that are so.
     """
     with flags.client() as client:
-        body = client.ask("GET", WORKERS, params={"status_filter": status} if status else {})
-    head = ("NAME", "STATUS", "DEVICES", "JOB", "LABELS", "ID")
-    rows = [_row(worker) for worker in body["workers"]]
-    return flags.show(body, *(columns([head, *rows]) if rows else ()))
+        for page in client.pages(WORKERS, **({"status_filter": status} if status else {})):
+            flags.show(page, *(columns([HEADS, *map(_row, page["workers"])]) if page["workers"] else ()))
+    return 0
 
 
 def add_worker(
@@ -116,9 +116,10 @@ def _post(worker: str, what: str, flags: ServerFlags) -> int:
 
 def _find(client: Client, worker: str) -> dict[str, Any]:
     """By id, else by name."""
-    for found in client.ask("GET", WORKERS)["workers"]:
-        if worker in (found["worker_id"], found["name"]):
-            return found
+    for page in client.pages(WORKERS):
+        for found in page["workers"]:
+            if worker in (found["worker_id"], found["name"]):
+                return found
     hint = "`simpletuner workers list` names them."
     raise Refusal("unknown_worker", f"There is no worker {worker}.", ClientExit.REFUSED, hint=hint)
 

@@ -23,6 +23,9 @@ REST_S = 15.0
 FORGET_S = 3600.0
 """After which an ephemeral worker that is offline is removed."""
 
+PROVEN: frozenset[WorkerStatus] = frozenset({"idle", "busy", "draining"})
+"""What no worker is that has yet to live down a lost lease."""
+
 
 @dataclass(slots=True)
 class _Pulse:
@@ -51,9 +54,9 @@ class Fleet:
         self._clock = clock
         self._lock = threading.RLock()
         now = clock()
-        # A server that starts takes those that were connected for living, until they had time to say so.
+        # A server that starts takes those that were connected for living, and waits until they ask for work again.
         self._pulses = {
-            worker.worker_id: _Pulse(seen_at=now, registered_at=now, asks=True, idle_since=now)
+            worker.worker_id: _Pulse(seen_at=now, registered_at=now)
             for worker in store.workers.all()
             if worker.connected_at is not None
         }
@@ -134,16 +137,17 @@ class Fleet:
             with self._lock:
                 pulse = self._pulse(worker.worker_id)
                 status = self._status(worker, busy=worker.worker_id in busy)
-                was, pulse.said = pulse.said, status
+                was = pulse.said
                 now = self._clock()
                 pulse.offline_since = (pulse.offline_since or now) if status == "offline" else None
-                proven = worker.quarantined and status not in {"quarantined", "offline"}
                 gone = pulse.offline_since is not None and now - pulse.offline_since >= FORGET_S
-            if proven:
+            if worker.quarantined and status in PROVEN:
                 self._store.workers.change(worker.worker_id, quarantined=False)
             if was != status and not (was is None and status == "offline"):
                 self._store.workers.announce(worker, status, was)
                 changed = True
+            # Only now: what a full disk kept from being told is told later.
+            pulse.said = status
             if gone and worker.worker_type == "ephemeral" and worker.worker_id not in busy:
                 self.forget(worker.worker_id)
         return changed
@@ -178,7 +182,7 @@ class Fleet:
         told = {"gpu_utilization": utilization, "vram_used_gb": used_gb}
         with self._lock:
             self._pulse(worker_id).load = {name: value for name, value in told.items() if value is not None}
-        with suppress(OperationalError):
+        with suppress(OSError, OperationalError):
             self._store.workers.change(worker_id, last_heartbeat=utc_now())
 
     def _pulse(self, worker_id: str) -> _Pulse:

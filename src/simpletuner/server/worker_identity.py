@@ -32,14 +32,19 @@ def identify_worker(core: Core, token: str | None, peer: str) -> WorkerRow:
     worker = core.store.workers.of_token(hash_secret(token))
     if worker is None:
         core.limiter.hit(ANONYMOUS, peer)
-        hint = "Make another with `simpletuner workers token NAME`."
-        raise UserError("invalid_credentials", "The X-Worker-Token of this request is not valid.", hint=hint)
+        raise bad_token()
     return worker
 
 
-async def _worker(
-    core: CoreDep, connection: HTTPConnection, x_worker_token: Annotated[str | None, Header(max_length=200)] = None
-) -> WorkerRow:
+def bad_token() -> UserError:
+    hint = "Make another with `simpletuner workers token NAME`."
+    return UserError("invalid_credentials", "The X-Worker-Token of this request is not valid.", hint=hint)
+
+
+WorkerToken = Annotated[str | None, Header(alias="X-Worker-Token", max_length=200)]
+
+
+async def _worker(core: CoreDep, connection: HTTPConnection, x_worker_token: WorkerToken = None) -> WorkerRow:
     return await asyncio.to_thread(identify_worker, core, x_worker_token, peer_of(connection.scope))
 
 

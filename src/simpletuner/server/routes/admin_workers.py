@@ -7,7 +7,7 @@ import shlex
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from simpletuner.errors import UserError
@@ -20,7 +20,7 @@ from simpletuner.server.worker_identity import new_worker_token
 from simpletuner.store.assignments import Assignment
 from simpletuner.store.workers import WorkerRow
 
-router = APIRouter(prefix="/api/admin/workers", tags=["admin-workers", "workers"])
+router = APIRouter(prefix="/api/admin/workers", tags=["admin-workers", "training"])
 MAY = needs("admin.workers")
 ERRORS = error_responses("unknown_worker")
 Status = Literal["connecting", "idle", "busy", "draining", "quarantined", "offline"]
@@ -97,11 +97,19 @@ class NewToken(BaseModel):
 
 
 @router.get("", operation_id="list_workers", dependencies=[MAY])
-def list_workers(core: CoreDep, status_filter: Annotated[Status | None, Query()] = None) -> WorkerList:
+def list_workers(
+    core: CoreDep,
+    response: Response,
+    status_filter: Annotated[Status | None, Query()] = None,
+    limit: Annotated[int, Query(ge=1, le=500)] = 100,
+    offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
+) -> WorkerList:
+    """In order of name."""
     live = {assignment.worker_id: assignment for assignment in core.store.assignments.live()}
     shown = [_show(core, worker, live.get(worker.worker_id)) for worker in core.store.workers.all()]
     wanted = [worker for worker in shown if status_filter in {None, worker.status}]
-    return WorkerList(workers=wanted, total=len(wanted))
+    response.headers["X-Total-Count"] = str(len(wanted))
+    return WorkerList(workers=wanted[offset : offset + limit], total=len(wanted))
 
 
 @router.post(

@@ -16,18 +16,20 @@ from starlette.concurrency import run_in_threadpool
 import simpletuner
 from simpletuner.errors import UserError
 from simpletuner.events import utc_now
+from simpletuner.server.accounts import hash_secret
 from simpletuner.server.core import Core, CoreDep
 from simpletuner.server.dispatch import job_messages
 from simpletuner.server.errors import error_responses
 from simpletuner.server.rights import agents
+from simpletuner.server.routes.admin_workers import Labels, Name
 from simpletuner.server.streams import SSE_HEADERS
-from simpletuner.server.worker_identity import WorkerDep, check_self
+from simpletuner.server.worker_identity import WorkerDep, WorkerToken, bad_token, check_self
 from simpletuner.store.workers import WorkerRow
 
 router = APIRouter(prefix="/api/workers", tags=["workers"])
 ERRORS = error_responses("unauthenticated", "permission_denied")
 PING_S = 15.0
-Labels = Annotated[dict[str, Annotated[str, Field(max_length=256)]], Field(max_length=50)]
+Gigabytes = Annotated[float, Field(ge=0, le=2**20, allow_inf_nan=False)]
 
 
 class _Body(BaseModel):
@@ -39,7 +41,7 @@ class GpuInfo(_Body):
 
     name: str = Field(max_length=128)
     count: int = Field(ge=1, le=1024)
-    vram_gb: float = Field(default=0.0, ge=0)
+    vram_gb: Gigabytes = 0.0
     driver: str | None = Field(default=None, max_length=64)
     accelerator: str = Field(default="cpu", max_length=32)
 
@@ -52,7 +54,7 @@ class HeldLease(_Body):
 
 
 class Registration(_Body):
-    name: str = Field(min_length=1, max_length=128)
+    name: Name
     gpu_info: GpuInfo
     persistent: bool = False
     labels: Labels = Field(default_factory=dict[str, str])
@@ -78,7 +80,7 @@ class Heartbeat(_Body):
     worker_id: str = Field(max_length=64)
     status: Literal["idle", "busy"]
     gpu_utilization: float | None = Field(default=None, ge=0, le=100)
-    vram_used_gb: float | None = Field(default=None, ge=0)
+    vram_used_gb: Gigabytes | None = None
 
 
 class Leaving(_Body):
@@ -146,16 +148,16 @@ async def poll(
     worker: WorkerDep,
     worker_id: Annotated[str, Query(max_length=64)],
     wait: Annotated[float, Query(ge=0, le=20)] = 0,
+    x_worker_token: WorkerToken = None,
 ) -> Messages:
     """`job_submit`, `drain`, `shutdown`: at once where there is one, else after `wait` seconds."""
     check_self(worker, worker_id)
     _open(core, worker_id)
     with core.fleet.bell.listen(worker_id) as rung:
-        messages = await run_in_threadpool(_messages, core, worker_id)
+        messages = await run_in_threadpool(_messages, core, worker_id, x_worker_token)
         if not messages:
             await _wait(rung, wait)
-            messages = await run_in_threadpool(_messages, core, worker_id)
-    core.fleet.seen(worker_id)
+            messages = await run_in_threadpool(_messages, core, worker_id, x_worker_token)
     return Messages(messages=messages)
 
 
@@ -167,18 +169,26 @@ async def poll(
     responses={200: {"content": {"text/event-stream": {}}}, **ERRORS},
 )
 async def stream(
-    core: CoreDep, worker: WorkerDep, worker_id: Annotated[str, Query(max_length=64)]
+    core: CoreDep,
+    worker: WorkerDep,
+    worker_id: Annotated[str, Query(max_length=64)],
+    x_worker_token: WorkerToken = None,
 ) -> StreamingResponse:
     """The same as server-sent events, with a `ping` each 15 seconds."""
     check_self(worker, worker_id)
-    return StreamingResponse(_frames(core, worker_id), media_type="text/event-stream", headers=SSE_HEADERS)
+    frames = _frames(core, worker_id, x_worker_token)
+    return StreamingResponse(frames, media_type="text/event-stream", headers=SSE_HEADERS)
 
 
-async def _frames(core: Core, worker_id: str) -> AsyncGenerator[str]:
+async def _frames(core: Core, worker_id: str, token: str | None) -> AsyncGenerator[str]:
+    """That they can be sent shows nothing: a machine without its net is found dead by its silence, not by this."""
+    _open(core, worker_id)
     with core.fleet.bell.listen(worker_id) as rung:
         while not core.fleet.bell.is_closed:
-            _open(core, worker_id)
-            messages = await run_in_threadpool(_messages, core, worker_id)
+            try:
+                messages = await run_in_threadpool(_messages, core, worker_id, token)
+            except UserError:
+                return
             for message in messages or [{"type": "ping"}]:
                 yield f"event: {message['type']}\ndata: {json.dumps(message)}\n\n"
             if any(message["type"] == "shutdown" for message in messages):
@@ -198,9 +208,12 @@ def _open(core: Core, worker_id: str) -> None:
     core.supervisor.wake()
 
 
-def _messages(core: Core, worker_id: str) -> list[dict[str, Any]]:
-    worker = core.store.workers.get(worker_id)
+def _messages(core: Core, worker_id: str, token: str | None) -> list[dict[str, Any]]:
+    """Raises UserError `invalid_credentials` where the worker was given another token meanwhile."""
+    worker = core.store.workers.of_token(hash_secret(token or ""))
     if worker is None:
+        if core.store.workers.get(worker_id) is not None:
+            raise bad_token()
         return [{"type": "shutdown"}]
     drain = [{"type": "drain"}] if worker.draining and core.fleet.tell_drain(worker_id) else []
     return drain + job_messages(core, worker_id)
