@@ -18,7 +18,7 @@ from namespace_line import NamespaceLine
 
 from simpletuner.checkpoints import list_checkpoints
 
-LEASE_S = 4.0
+LEASE_S = 6.0
 IN_NAMESPACES = bool(os.environ.get("WORKER_NAMESPACES"))
 """Root's: each worker is a machine of its own in the network, else its line is a proxy."""
 
