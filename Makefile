@@ -13,8 +13,8 @@ SHORT := -m pytest -m "not slow and not long" -p no:cacheprovider
 SLOW := -m pytest -m "slow and not long" -p no:cacheprovider --ignore tests/control
 CONTROL := -m pytest -m "not long" -p no:cacheprovider tests/control
 
-# Side by side: lint, those of the control world, the slow ones of the others and the rest. Each waits a good deal for processes and
-# timers, so that three of them keep two cores busy.
+# Side by side: lint, those of the control world, the slow ones of the others and the rest. Each waits a good deal for
+# processes and timers, so that three of them keep two cores busy.
 test: $(READY)
 	@$(MAKE) --no-print-directory lint & lint=$$!; \
 	$(BIN)/python $(SLOW) & slow=$$!; \

@@ -13,8 +13,8 @@ from test_scheduler import NOW, devices, job, situations
 
 from simpletuner.job import JobStatus
 from simpletuner.jobs.devices import Device
-from simpletuner.jobs.preemption import HELD_BY_OTHERS, URGENT, plan_preemptions
-from simpletuner.jobs.scheduler import Candidate, Limits, Occupant, Start, Wait, plan
+from simpletuner.jobs.preemption import URGENT, plan_preemptions
+from simpletuner.jobs.scheduler import HELD_BY_OTHERS, Candidate, Limits, Occupant, Start, Wait, plan
 from simpletuner.store.settings import JOB_MAX_CONCURRENT
 
 Situation = tuple[list[Candidate], list[Occupant], list[Device], Limits]

@@ -20,7 +20,7 @@ from simpletuner.jobs.job_token import Bearer, JobTokens
 from simpletuner.jobs.leases import ACK_S, MARGIN_S, Leases
 from simpletuner.jobs.scheduler import Candidate
 from simpletuner.jobs.shipment import Shipments
-from simpletuner.jobs.storage import OutputFile, Outputs, Storage
+from simpletuner.jobs.storage import OutputFile, Outputs, Storage, forget_incoming
 from simpletuner.jobs.worker_choice import WorkerChoice, fits
 from simpletuner.jobs.worker_slot import WorkerSlot
 from simpletuner.store.assignments import Assignment
@@ -173,7 +173,7 @@ def test_a_checkpoint_is_there_whole_or_not_at_all(job: JobDir, tmp_path: Path) 
         "a": b"weights",
         "b": b"other",
     }
-    later.forget()
+    forget_incoming(job)
     assert sorted(path.name for path in output.iterdir()) == ["checkpoint-10", "metrics"]
     (output / "checkpoint-10/a").unlink()
     assert later.missing(again) == ["checkpoint-10/a"], "somebody has removed it"
@@ -230,7 +230,7 @@ def test_a_job_is_told_in_places_and_put_together_again(tmp_path: Path) -> None:
         server_url="http://x", job_id="job", epoch=1, attempt=1, provenance={}, resume_from=None, best=None,
         spec=JobSpec(job_id="job", workspace="/w", config_dir="/w", output_dir=config["output_dir"]),
         config=told.config, datasets=told.datasets, upload_endpoint="/", upload_token="t", lease_s=1, heartbeat_s=1,
-        places=[{"name": place.name, "kind": place.kind, "path": str(place.path)} for place in told.places],  # pyright: ignore[reportArgumentType]
+        places=list(told.places),
         secrets={},
     )  # fmt: skip
     local = folder.create_job(assignment)

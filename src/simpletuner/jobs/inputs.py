@@ -1,7 +1,7 @@
 """What a job on a worker needs from this machine, by content: pictures, models, adapters, caches, its checkpoint.
 
-In what a worker is told, a path of this machine is a placeholder (`simpletuner:input/dataset-0`); the worker puts its
-own in. Buckets and hubs it reads by itself.
+In what a worker is told, a path of this machine is a placeholder (`simpletuner:dataset-0`); the worker puts its own in.
+Buckets and hubs it reads by itself.
 """
 
 from __future__ import annotations

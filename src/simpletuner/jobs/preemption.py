@@ -6,13 +6,12 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from simpletuner.jobs.scheduler import Candidate, Occupant, Start, Wait
+from simpletuner.jobs.scheduler import HELD_BY_OTHERS, Candidate, Occupant, Start, Wait
 
 URGENT = 30
 """Base priority from which a job may have others yield, and below which a running one may be asked to."""
 MOST_TRIED = 64
 """On a machine with hundreds of jobs not every one of them is tried alone."""
-HELD_BY_OTHERS = frozenset({"gpus_busy", "job_limit", "gpu_limit"})
 
 PlanAlone = Callable[[Candidate, Sequence[Occupant]], Start | Wait]
 """What the planner answers to a job with nobody else in the queue, beside those that run."""

@@ -9,7 +9,7 @@ from simpletuner.jobs.bell import Bell
 from simpletuner.jobs.devices import Device
 from simpletuner.jobs.fleet import Fleet
 from simpletuner.jobs.leases import ACK_S, Leases
-from simpletuner.jobs.storage import Storage
+from simpletuner.jobs.storage import forget_incoming
 from simpletuner.store.store import Store
 
 
@@ -67,7 +67,7 @@ class RemoteExecutor:
         begun = self._leases.is_held(job.root.name)
         self._refusals.pop(job.root.name, None)
         self._num_told.pop(job.root.name, None)
-        Storage(job, 0).forget()
+        forget_incoming(job)
         worker_id = self._leases.forget(job.root.name)
         self.bell.ring(job.root.name)
         if worker_id is None:

@@ -144,7 +144,7 @@ def plan(
         else:
             position += 1
             code, reason = answer
-            if job.gave_way_to in board.known and code in _HELD_BY_OTHERS:
+            if job.gave_way_to in board.known and code in HELD_BY_OTHERS | {"behind_head"}:
                 code, reason = "preempted", f"Gave way to job {job.gave_way_to}. {reason}"
             answers.append(Wait(job.job_id, position, reason, code))
     return answers
@@ -185,7 +185,8 @@ def _shared_fairly(tied: Sequence[Candidate], running_of: Counter[str]) -> Itera
 
 
 _Refusal = tuple[ReasonCode, str]
-_HELD_BY_OTHERS = frozenset({"gpus_busy", "job_limit", "gpu_limit", "behind_head"})
+HELD_BY_OTHERS = frozenset({"gpus_busy", "job_limit", "gpu_limit"})
+"""Devices or a limit, which a running job gives back when it ends."""
 
 
 class _Board:

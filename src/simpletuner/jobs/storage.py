@@ -50,15 +50,12 @@ class Storage:
     def __init__(self, job: JobDir, epoch: int) -> None:
         self._job = job
         self._output_dir = Path(job.read_spec().output_dir)
-        self._pattern = f".incoming-{job.root.name}-*"
-        self._root = self._output_dir / self._pattern.replace("*", str(epoch))
+        self._root = self._output_dir / _incoming(job, epoch)
         self._published = job.root / PUBLISHED
 
     def begin(self) -> None:
         """What was never published of earlier epochs never will be."""
-        for other in self._output_dir.glob(self._pattern):
-            if other != self._root:
-                shutil.rmtree(other, ignore_errors=True)
+        forget_incoming(self._job, but=self._root)
 
     def received(self, path: str) -> tuple[int, bool]:
         """Bytes of `path` that are here, and whether that is all of it."""
@@ -125,11 +122,6 @@ class Storage:
         known = self._read_published() | outputs.files
         write_atomic(self._published, json.dumps({path: file.model_dump() for path, file in known.items()}).encode())
 
-    def forget(self) -> None:
-        """What was never published, of any epoch."""
-        for leftover in self._output_dir.glob(self._pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
-
     def _is_there(self, path: str, file: OutputFile) -> bool:
         place = self._output_dir / path
         return place.is_file() and place.stat().st_size == file.bytes
@@ -156,6 +148,17 @@ class Storage:
                 "bad_path", f"{path!r} is no place for what a runner sends.", hint="output/… or artifacts/…"
             )
         return self._root.joinpath(*parts[1:])
+
+
+def forget_incoming(job: JobDir, *, but: Path | None = None) -> None:
+    """What was never published of a job, of any epoch."""
+    for leftover in Path(job.read_spec().output_dir).glob(_incoming(job, "*")):
+        if leftover != but:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _incoming(job: JobDir, epoch: int | str) -> str:
+    return f".incoming-{job.root.name}-{epoch}"
 
 
 def _part(whole: Path) -> Path:

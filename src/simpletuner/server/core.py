@@ -67,8 +67,8 @@ class Core:
     leases: Leases
     remote: RemoteExecutor
     job_tokens: JobTokens
+    inputs: InputShelf
     shipments: Shipments = field(default_factory=Shipments)
-    inputs: InputShelf = field(default_factory=InputShelf)
     limiter: RateLimiter = field(default_factory=RateLimiter)
     started_at: float = field(default_factory=time.monotonic)
     served_since: str = field(default_factory=utc_now)
@@ -123,6 +123,7 @@ class Core:
             fleet=fleet,
             leases=leases,
             remote=remote,
+            inputs=InputShelf(leases),
             job_tokens=JobTokens.open(settings.state_dir / "job-token-key"),
         )
 

@@ -10,6 +10,7 @@ from functools import partial
 from simpletuner.errors import UserError
 from simpletuner.job import JobDir
 from simpletuner.jobs.inputs import InputFile, InputIndex, Place, Told, resume_of, tell
+from simpletuner.jobs.leases import Leases
 
 Listing = dict[str, list[InputFile]]
 
@@ -22,9 +23,10 @@ class Asked:
 
 
 class InputShelf:
-    """One listing for each job and epoch."""
+    """One listing for each job and epoch, as long as its lease lives."""
 
-    def __init__(self) -> None:
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
         self._lock = threading.Lock()
         self._asked: dict[tuple[str, int], Asked] = {}
         self._hashing = ThreadPoolExecutor(1, "inputs")
@@ -34,7 +36,7 @@ class InputShelf:
         key = (job.root.name, epoch)
         with self._lock:
             if key not in self._asked:
-                self._asked = {other: asked for other, asked in self._asked.items() if other[0] != key[0]}
+                self._asked = {of: asked for of, asked in self._asked.items() if self._leases.is_alive(*of)}
                 places = told_of(job).places
                 resume = resume_of(job.read_config()["config"], continues=job.read_spec().continues)
                 index = InputIndex(job, places, resume)

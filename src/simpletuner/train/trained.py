@@ -128,4 +128,4 @@ def prepare_denoiser(denoiser: nn.Module, config: TrainConfig, spec: FamilySpec)
 def mismatch(message: str) -> UserError:
     """What was written is not what was trained."""
     hint = "The checkpoint is whole; the previous export was left in its place."
-    return UserError("exportmismatch", message, hint=hint, exit_code=ExitCode.STORAGE)
+    return UserError("export_mismatch", message, hint=hint, exit_code=ExitCode.STORAGE)

@@ -5,23 +5,12 @@ from __future__ import annotations
 import json
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict
 
 from simpletuner.job import JobDir, JobSpec, hold_lock, is_locked, write_atomic
-
-PLACEHOLDER = "simpletuner:"
-
-
-class Place(BaseModel):
-    """A path of the server that the job uses, under the name that stands for it in `config` and `datasets`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    kind: Literal["tree", "file", "cache", "output"]
-    path: str
+from simpletuner.jobs.inputs import PLACEHOLDER, Place
 
 
 class Assignment(BaseModel):
@@ -39,6 +28,7 @@ class Assignment(BaseModel):
     provenance: dict[str, Any]
     datasets: list[Any]
     places: list[Place]
+    """Paths of the server, by the names that stand for them in `config` and `datasets`."""
     resume_from: str | None
     best: str | None
     upload_endpoint: str
@@ -89,7 +79,7 @@ class RunFolder:
         if place.kind == "cache":
             return self.root / "caches" / place.name
         inputs = self.path / "inputs" / place.name
-        return inputs / Path(place.path).name if place.kind == "file" else inputs
+        return inputs / place.path.name if place.kind == "file" else inputs
 
     def create_job(self, assignment: Assignment) -> JobDir:
         """Its directory as a local one, with the paths of this machine."""
@@ -106,7 +96,7 @@ class RunFolder:
 
     def server_paths(self, assignment: Assignment) -> list[tuple[bytes, bytes]]:
         """`(this machine's, the server's)` as they stand in JSON text: what is shipped speaks of the server's."""
-        pairs = [(str(self.place(place)), place.path) for place in assignment.places]
+        pairs = [(str(self.place(place)), str(place.path)) for place in assignment.places]
         return [(json.dumps(here)[1:-1].encode(), json.dumps(there)[1:-1].encode()) for here, there in pairs]
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from simpletuner.checkpoints import BEST, hash_file
 from simpletuner.errors import UserError
-from simpletuner.worker.assignment import Assignment, Place, RunFolder
+from simpletuner.jobs.inputs import Place
+from simpletuner.worker.assignment import Assignment, RunFolder
 from simpletuner.worker.link import JobLink, Unreachable
 
 CONNECTIONS = 6

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import os
-import re
 from concurrent.futures import wait
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -25,14 +24,14 @@ from simpletuner.server.core import Core, CoreDep
 from simpletuner.server.errors import error_responses
 from simpletuner.server.lease_holder import Holder, HolderDep
 from simpletuner.server.rights import agents
+from simpletuner.server.uploads.form import read_batches
+from simpletuner.server.uploads.sessions import CONTENT_RANGE
 
 router = APIRouter(prefix="/api/cloud/storage/{job_id}", tags=["workers"])
 ERRORS = error_responses("bad_path", "unauthenticated", "permission_denied", "unknown_job", "stale_lease")
 PUT_ERRORS = error_responses(
     "bad_path", "unauthenticated", "permission_denied", "unknown_job", "stale_lease", "offset_mismatch", "disk_full"
 )
-CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
-BATCH = 1 << 20
 LISTING_S = 2.0
 """So long an answer waits for the list of inputs: most are short."""
 Epoch = Annotated[int, Query(ge=1)]
@@ -146,7 +145,7 @@ async def put_stored(
     holder.check_epoch(epoch)
     holder.check_lease(core)
     match = CONTENT_RANGE.fullmatch(content_range)
-    if match is None:
+    if match is None or match[1] is None or match[3] == "*":
         raise UserError("invalid_field", "Content-Range is bytes <first>-<last>/<all>.", pointer="/Content-Range")
     first, total = int(match[1]), int(match[3])
     handle = await run_in_threadpool(holder.storage.open, path, first)
@@ -163,19 +162,13 @@ async def put_stored(
 async def _receive(request: Request, handle: int, most: int) -> int:
     """Whatever arrived, counts. Raises UserError `invalid_field` for more than was announced."""
     received = 0
-    batch = bytearray()
     try:
-        async for chunk in request.stream():
-            batch += chunk
+        async for batch in read_batches(request):
             if received + len(batch) > most:
                 raise UserError("invalid_field", "More came than Content-Range says.", pointer="/Content-Range")
-            if len(batch) >= BATCH:
-                received += await run_in_threadpool(_write, handle, bytes(batch))
-                batch.clear()
+            received += await run_in_threadpool(_write, handle, batch)
     except ClientDisconnect as error:
         raise UserError("invalid_field", "The runner went away within a part.") from error
-    finally:
-        received += _write(handle, bytes(batch))
     return received
 
 
