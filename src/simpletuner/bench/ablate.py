@@ -13,6 +13,7 @@ from simpletuner.bench.device import peak_bytes, release, seconds_of
 from simpletuner.bench.figure import Figure, Measured, lower_bound
 from simpletuner.bench.scene import Scene
 from simpletuner.bench.work import Job, Options, Work, Works, jobs_for
+from simpletuner.train.attention import FUSED, has_kernel
 
 BLOCK = 3
 WARM_UP = 2
@@ -34,7 +35,10 @@ def _is_full(job: Job) -> bool:
 
 TECHNIQUES = (
     Technique("recomputing", {"gradient_checkpointing": True}),
-    Technique("blocks compiled", prepare=lambda work: work.compile_blocks("inductor")),
+    Technique(
+        "recomputing, attention kept", {"gradient_checkpointing": True, "gradient_checkpointing_keeps": "attention"}
+    ),
+    Technique("blocks compiled", {"dynamo_backend": "inductor"}),
     Technique("optimizer compiled", prepare=lambda work: work.compile_optimizer("inductor"), is_for=_is_full),
     Technique(
         "fp32, torch's fused optimizer",
@@ -44,12 +48,18 @@ TECHNIQUES = (
 )
 
 
+def techniques_for(device: torch.device) -> tuple[Technique, ...]:
+    """With each kernel of attention that the device has, against torch's own choice."""
+    kernels = [name for name in FUSED if has_kernel(name, device, torch.bfloat16)]
+    return (*TECHNIQUES, *(Technique(f"attention by {name}", {"attention_mechanism": name}) for name in kernels))
+
+
 def measure(
     scene: Scene,
     steps: int,
     device: torch.device,
     jobs: Sequence[Job] | None = None,
-    techniques: Sequence[Technique] = TECHNIQUES,
+    techniques: Sequence[Technique] | None = None,
 ) -> Measured:
     """`steps` of the plain step and of each with a technique, which fit into memory beside each other or are left out.
 
@@ -58,7 +68,7 @@ def measure(
     works = Works(scene)
     found = Measured(benchmark="ablate", figures=[])
     for job in jobs or jobs_for(device):
-        for technique in techniques:
+        for technique in techniques or techniques_for(device):
             if not technique.is_for(job):
                 continue
             name = f"{job.name}: {technique.name}"

@@ -52,8 +52,7 @@ def _figures(works: Works, job: Job, device: torch.device, backend: str) -> list
     del plain
     release(device)
     counters.clear()
-    work = works.build(job, device)
-    work.compile_blocks(backend)
+    work = works.build(job, device, {"dynamo_backend": backend})
     started = time.perf_counter()
     work.step()
     wait(device)

@@ -26,6 +26,7 @@ from simpletuner.families.base import Family, build_family
 from simpletuner.families.registry import load_spec
 from simpletuner.families.weights import autocast_dtype
 from simpletuner.train.adamw import ADAMW_BF16, Backend
+from simpletuner.train.blocks import blocks_of
 from simpletuner.train.buffer import build_buffers
 from simpletuner.train.optim import ROUNDING_CHUNKS, AdamWStochasticRounding, build_optimizers
 from simpletuner.train.trained import prepare_denoiser
@@ -183,16 +184,10 @@ class Work:
         self.denoiser = denoiser
         self.batch = batch
         self.config = config
-        self.is_compiled = False
+        self.is_compiled = config.compute.dynamo_backend != "no"
         self._update = update
         self._autocast = autocast_dtype(config)
         self._step = 0
-
-    def compile_blocks(self, backend: str) -> None:
-        """Each of the repeated blocks by itself: what is compiled for one of a kind serves the others."""
-        self.is_compiled = True
-        for block in blocks_of(self.denoiser):
-            block.compile(backend=backend)
 
     def compile_optimizer(self, backend: Backend) -> None:
         self.is_compiled = True
@@ -236,9 +231,3 @@ class Work:
         with torch.autocast(noisy.device.type, dtype=self._autocast, enabled=self._autocast is not None):
             predicted = self.family.predict(self.denoiser, noisy, t_B, batch)
         return predicted.float().square().mean()
-
-
-def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
-    """The repeated blocks: the lists that a denoiser consists of. diffusers names them itself for some models only."""
-    lists = [child for child in denoiser.children() if isinstance(child, nn.ModuleList)]
-    return [block for blocks in lists for block in blocks]

@@ -59,9 +59,6 @@ class ModelOptions(OptionGroup):
     clip_skip: Annotated[NonNegativeInt, Ui(tab="model", order=27)] = 0
     """CLIP layers left out at the end, for families conditioned on CLIP hidden states."""
 
-    gradient_checkpointing: Annotated[bool, Ui(tab="hardware", order=10)] = True
-    """Recompute activations in the backward pass: less memory, equal results."""
-
     i_know_what_i_am_doing: Annotated[bool, Ui(tab="hardware", order=90)] = False
     """Go on where a family's guard or the memory prediction would refuse: errors of theirs become warnings."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from simpletuner.config.adapter_rules import adapter_rule, flux_rule, init_lora_rule, reference_rule
 from simpletuner.config.budget import BUDGET_OPTIONS, budget_rule
+from simpletuner.config.compute_options import COMPILE_OPTIONS, RECOMPUTE_OPTIONS, compute_rule
 from simpletuner.config.device_numbers import DEVICE_OPTIONS, device_rule
 from simpletuner.config.disk import DISK_OPTIONS, disk_rule
 from simpletuner.config.model_options import QUANTISED
@@ -363,6 +364,7 @@ _RULES: tuple[tuple[Callable[[Situation], Iterator[Problem]], tuple[str, ...]], 
                   "refiner_training_strength", "refiner_training_invert_schedule")),
     (_validation_sizes, ("validation_resolution",)),
     (budget_rule, BUDGET_OPTIONS),
+    (compute_rule, ("gradient_checkpointing", "dynamo_backend", *RECOMPUTE_OPTIONS, *COMPILE_OPTIONS, *BUDGET_OPTIONS)),
     (device_rule, DEVICE_OPTIONS),
     (disk_rule, DISK_OPTIONS),
     (script_rule, ("validation_method", *SCRIPTS)),

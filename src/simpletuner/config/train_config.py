@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, SerializeAsAny
 
+from simpletuner.config.compute_options import ComputeOptions
 from simpletuner.config.dataset_options import (
     ConditioningDataset,
     Dataset,
@@ -35,6 +36,7 @@ GROUPS: dict[str, type[OptionGroup]] = {
     "adapter": AdapterOptions,
     "flux": FluxOptions,
     "precision": PrecisionOptions,
+    "compute": ComputeOptions,
     "run": RunOptions,
     "optimizer": OptimizerOptions,
     "loss": LossOptions,
@@ -54,6 +56,7 @@ class TrainConfig(BaseModel):
     adapter: AdapterOptions
     flux: FluxOptions
     precision: PrecisionOptions
+    compute: ComputeOptions
     run: RunOptions
     optimizer: OptimizerOptions
     loss: LossOptions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,7 +16,6 @@ from simpletuner.checkpoints import remove_temporary
 from simpletuner.config.prompt import plan_pictures, plan_prompts
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.loader import Loader
-from simpletuner.data.plan import EpochPlan, check_full_batch
 from simpletuner.diffusion.flow import FlowObjective
 from simpletuner.diffusion.loss import Loss
 from simpletuner.diffusion.objective import DiffusionObjective, Objective
@@ -36,13 +34,14 @@ from simpletuner.train.checkpoint import (
     run_facts,
 )
 from simpletuner.train.disk import DiskWatch, make_output_dir
-from simpletuner.train.due import Due
+from simpletuner.train.due import Due, total_steps
 from simpletuner.train.ema import Ema
 from simpletuner.train.external_validation import ExternalValidation
 from simpletuner.train.heldout import HeldOut
 from simpletuner.train.hooks import Hooks
 from simpletuner.train.inputs import Inputs, Preparation
 from simpletuner.train.inspection import Inspection
+from simpletuner.train.kernel_choice import KERNEL_ORDER, choose_kernels
 from simpletuner.train.lead import Between, Follower, Lead, Speaker
 from simpletuner.train.lock import begin_lock
 from simpletuner.train.loop import Run
@@ -122,8 +121,9 @@ def _prepare(job: JobDir, reporter: Reporter, requests: RequestReader, ranks: Ra
         family = build_family(config, family_spec)
         preparation = Preparation(config, family, reporter, requests, device, ranks)
     reporter.predicted_bytes = memory.predicted_bytes()
+    kernels = choose_kernels(config, family_spec, manifests, device, ranks, reporter, point)
     inputs = preparation.encode(manifests, texts, memory)
-    return _Builder(config, family, inputs, job, reporter, requests, device, memory, ranks, point)
+    return _Builder(config, family, inputs, job, reporter, requests, device, memory, ranks, point, kernels)
 
 
 def _find_point(job: JobDir, config: TrainConfig, reporter: Reporter) -> ResumePoint | None:
@@ -147,6 +147,7 @@ class _Builder:
         memory: MemoryPlan,
         ranks: Ranks,
         point: ResumePoint | None,
+        kernels: tuple[str, ...] | None,
     ) -> None:
         self._point = point
         self._config = config
@@ -164,6 +165,7 @@ class _Builder:
         self._accumulation = config.run.gradient_accumulation_steps
         self._plan = inputs.plan(self._seed)
         self._total = total_steps(config, self._plan)
+        self._kernels = kernels
 
     def build(self) -> Built:
         started_at = time.monotonic()
@@ -222,7 +224,11 @@ class _Builder:
 
     def _facts(self) -> dict[str, Any]:
         facts = run_facts(self._config, self._inputs.fingerprint(), self._spec.job_id, self._ranks.count)
-        return facts if self._memory.budget_bytes is None else facts | {CHOICE: self._memory.choice}
+        if self._memory.budget_bytes is not None:
+            facts[CHOICE] = self._memory.choice
+        if self._kernels is not None:
+            facts[KERNEL_ORDER] = list(self._kernels)
+        return facts
 
     def _load(self) -> nn.Module:
         with self._reporter.stage("init_load_base_model", "Loading the model"):
@@ -233,7 +239,7 @@ class _Builder:
         config = self._config
         # Again, so that an adapter begins alike whatever had to be encoded before.
         seed_generators(self._seed)
-        adapter = prepare_denoiser(denoiser, config, self._family.spec)
+        adapter = prepare_denoiser(denoiser, config, self._family.spec, self._kernels)
         if adapter is None:
             return FullWeights(self._family, denoiser, self._probe)
         from simpletuner.train.trained_adapter import AdapterWeights, load_adapter_file
@@ -390,11 +396,3 @@ class _Builder:
         noise = torch.randn(batch.latents_BCHW.shape, generator=torch.Generator().manual_seed(0)).to(self._device)
         t_B = torch.full((1,), 500, device=self._device)
         return self._family.predict(denoiser, noise, t_B, batch)
-
-
-def total_steps(config: TrainConfig, plan: EpochPlan) -> int:
-    """`max_train_steps`, or the steps that hold every group of `num_train_epochs`."""
-    if config.run.max_train_steps:
-        return config.run.max_train_steps
-    check_full_batch(plan, config.run.num_train_epochs)
-    return math.ceil(plan.groups_before(config.run.num_train_epochs) / config.run.gradient_accumulation_steps)

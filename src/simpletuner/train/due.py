@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from simpletuner.config.train_config import TrainConfig
+from simpletuner.data.plan import EpochPlan, check_full_batch
 from simpletuner.train.requests import Requests
 from simpletuner.train.state import TrainState
 
@@ -69,3 +71,11 @@ class Due:
 
 def _epoch_ended(state: TrainState, every: int | None) -> bool:
     return bool(every and state.ended_epoch and state.ended_epoch % every == 0)
+
+
+def total_steps(config: TrainConfig, plan: EpochPlan) -> int:
+    """`max_train_steps`, or the steps that hold every group of `num_train_epochs`."""
+    if config.run.max_train_steps:
+        return config.run.max_train_steps
+    check_full_batch(plan, config.run.num_train_epochs)
+    return math.ceil(plan.groups_before(config.run.num_train_epochs) / config.run.gradient_accumulation_steps)

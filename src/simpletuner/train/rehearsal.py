@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from simpletuner.data.prepare import MASK
 from simpletuner.families.base import build_family
 from simpletuner.families.spec import FamilySpec
 from simpletuner.families.weights import autocast_dtype, weight_dtype
+from simpletuner.train.attention import Call, Calls
 from simpletuner.train.buffer import FlatParameters, build_buffers, clip_gradients
 from simpletuner.train.ema import Ema
 from simpletuner.train.libraries import LIBRARIES
@@ -113,7 +115,7 @@ class Rehearsal:
     def _training(self, meter: Meter, ratio: float | None) -> Training:
         config, family = self._config, self._family
         denoiser = family.load_denoiser()
-        prepare_denoiser(denoiser, config, family.spec)
+        prepare_denoiser(denoiser, config, family.spec, compiles=False)
         buffers = build_buffers(denoiser)
         before_state = meter.live_bytes
         # State that is alive as long as this list.
@@ -132,6 +134,14 @@ class Rehearsal:
         save = meter.live_bytes + state_bytes + weights
         caption = sum(tensor.nbytes for tensor in family.longest_caption(denoiser).values())
         return Training({"step": step, "validation": validation, "save": save}, checkpoint, caption)
+
+    def attention_calls(self) -> Counter[Call]:
+        """Of a micro-step: forward, and what is recomputed."""
+        with rehearsal(), Calls() as calls:
+            denoiser = self._family.load_denoiser()
+            prepare_denoiser(denoiser, self._config, self._family.spec, compiles=False)
+            self._micro_step(denoiser)
+        return calls.seen
 
     def _micro_step(self, denoiser: nn.Module) -> None:
         config = self._config

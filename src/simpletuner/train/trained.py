@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +16,7 @@ from simpletuner.config.train_config import TrainConfig
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.families.base import Family
 from simpletuner.families.spec import FamilySpec
+from simpletuner.train.blocks import choose_run
 from simpletuner.train.update import Update
 from simpletuner.train.validation import weights_to_draw
 
@@ -107,8 +108,15 @@ class FullWeights:
         return self._family.load_denoiser(exported / DENOISER).to(device).eval()
 
 
-def prepare_denoiser(denoiser: nn.Module, config: TrainConfig, spec: FamilySpec) -> Adapter | None:
-    """Choose what is trained, an adapter or every weight, and how activations are kept.
+def prepare_denoiser(
+    denoiser: nn.Module,
+    config: TrainConfig,
+    spec: FamilySpec,
+    kernels: Sequence[str] | None = None,
+    *,
+    compiles: bool = True,
+) -> Adapter | None:
+    """Choose what is trained, an adapter or every weight, and how its blocks run; `kernels` as of `choose_run`.
 
     A full tune imports no library of adapters: they are a tenth of a trainer's start.
     """
@@ -120,8 +128,7 @@ def prepare_denoiser(denoiser: nn.Module, config: TrainConfig, spec: FamilySpec)
     else:
         denoiser.requires_grad_(True)
     denoiser.train()
-    if config.model.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+    choose_run(denoiser, config.compute, kernels, compiles=compiles)
     return adapter
 
 
