@@ -24,8 +24,8 @@ def look(
     budget_bytes: int | None = None,
     **options: Any,
 ) -> Any:
-    config, _, datasets = freeze(world.resolve(**options))
-    request = {"config": config, "datasets": datasets, "fit_budget_bytes": budget_bytes}
+    config, provenance, datasets = freeze(world.resolve(**options))
+    request = {"config": config, "provenance": provenance, "datasets": datasets, "fit_budget_bytes": budget_bytes}
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(request)))
     capsys.readouterr()
     main()
@@ -90,6 +90,33 @@ def test_settings_that_fit_a_budget(
         assert batch["train_batch_size"] * batch["gradient_accumulation_steps"] == 96
         applied = look(shared, capsys, monkeypatch, int(1e12), **batch)["fit"]
         assert applied["settings"] == {} and applied["phases"] == pytest.approx(found["phases"], rel=1e-3)
+
+
+def test_room_is_used_where_nobody_chose_recomputing(
+    world: TinyWorld, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The least recomputing that fits; what somebody wrote stays."""
+    monkeypatch.setattr("simpletuner.train.rehearsal.held_bytes", lambda: 0)
+    world.entries[0] |= {"resolution": 256, "vae_batch_size": 1}
+    data = {"train_batch_size": 32, "validation_disable": True}
+    full, some, none = (
+        look(world, capsys, monkeypatch, int(1e12), **data, **options)["fit"]["predicted_bytes"]
+        for options in (
+            {"gradient_checkpointing": True},
+            {"gradient_checkpointing": True, "gradient_checkpointing_keeps": "attention"},
+            {"gradient_checkpointing": False},
+        )
+    )
+    assert full < some < none
+    for budget, wanted in (
+        (none, {"--gradient_checkpointing": False}),
+        (some, {"--gradient_checkpointing_keeps": "attention"}),
+        (full, {}),
+    ):
+        found = look(world, capsys, monkeypatch, budget, **data)["fit"]
+        assert (found["fits"], found["settings"]) == (True, wanted)
+        written = look(world, capsys, monkeypatch, budget, **data, gradient_checkpointing=True)["fit"]
+        assert written["settings"] == {}
 
 
 def test_a_budget_that_nothing_fits_says_so(

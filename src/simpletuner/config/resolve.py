@@ -374,7 +374,12 @@ def freeze(found: Resolution) -> tuple[dict[str, Any], dict[str, Any], list[dict
         _write_lycoris(found.lycoris_file, config["lycoris_config"])
     if config["seed"] in (None, 0, -1):
         config["seed"] = secrets.randbelow(2**31 - 1) + 1
-    provenance = {
+    return config, provenance_of(found), found.datasets
+
+
+def provenance_of(found: Resolution) -> dict[str, dict[str, Any]]:
+    """Where each value comes from, and what it hides."""
+    return {
         name: {
             "layer": origin.layer,
             "value": found.values[name],
@@ -382,7 +387,15 @@ def freeze(found: Resolution) -> tuple[dict[str, Any], dict[str, Any], list[dict
         }
         for name, origin in found.origins.items()
     }
-    return config, provenance, found.datasets
+
+
+UNWRITTEN = frozenset({"default", "flavour"})
+"""Layers whose values nobody wrote: they are made anew, and may be chosen."""
+
+
+def written_options(provenance: Mapping[str, Mapping[str, Any]]) -> frozenset[str]:
+    """Names of the options that somebody set, of a frozen `provenance`."""
+    return frozenset(name for name, origin in provenance.items() if origin["layer"] not in UNWRITTEN)
 
 
 def _write_lycoris(file: Path, config: Mapping[str, Any]) -> None:

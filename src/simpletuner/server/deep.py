@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from simpletuner.config.resolve import Resolution
+from simpletuner.config.resolve import Resolution, provenance_of
 from simpletuner.errors import Level, Problem, UserError
 
 MODULE = "simpletuner.train.preflight"
@@ -54,8 +54,12 @@ class DeepValidation:
         if find_spec("torch") is None:
             hint = "Install simpletuner with an extra such as `cpu` or `cuda`, or ask a server that has it."
             raise UserError("not_implemented", "To look this deep takes torch, which is not installed.", hint=hint)
-        config = resolution.require().to_flat()
-        asked = {"config": config, "datasets": resolution.datasets, "fit_budget_bytes": fit_budget_bytes}
+        asked = {
+            "config": resolution.require().to_flat(),
+            "provenance": provenance_of(resolution),
+            "datasets": resolution.datasets,
+            "fit_budget_bytes": fit_budget_bytes,
+        }
         request = json.dumps(asked).encode()
         async with self._free:
             return await run_in_threadpool(self._look, request)

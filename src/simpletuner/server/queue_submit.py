@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from simpletuner.config.resolve import freeze, resolve
+from simpletuner.config.resolve import freeze, resolve, written_options
 from simpletuner.config.sources import Layer
 from simpletuner.errors import UserError
 from simpletuner.jobs.scheduler import Start
@@ -23,8 +23,6 @@ from simpletuner.store.job_row import Claim, JobRow
 
 _RESUME = "resume_from_checkpoint"
 TARGETS = ("auto", "local", "worker")
-_UNRESOLVED = frozenset({"default", "flavour"})
-"""Layers whose values are made anew."""
 
 
 class SubmitBody(BaseModel):
@@ -210,7 +208,8 @@ def _override(identity: Identity, priority: int | None) -> int | None:
 
 def _resolve_again(core: Core, job: JobRow, stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> Frozen:
     """What people had written, with `overrides` over it. The drawn seed stays."""
-    given = {name: row["value"] for name, row in stored["provenance"].items() if row["layer"] not in _UNRESOLVED}
+    provenance = stored["provenance"]
+    given = {name: provenance[name]["value"] for name in written_options(provenance)}
     written = given | {"seed": stored["config"]["seed"]}
     body = OptionBody(overrides)
     known = known_options(body.value("model_family") or written.get("model_family"))

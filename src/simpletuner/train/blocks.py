@@ -129,10 +129,19 @@ def _compiled(run: RunBlock, options: ComputeOptions) -> RunBlock:
     def checked(block: nn.Module, *inputs: Any) -> Any:
         try:
             return compiled(block, *inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except RuntimeError as error:
+            if not _is_of_compiling(error):
+                raise
             raise _not_compiled(error, type(block).__name__) from error
 
     return checked
+
+
+def _is_of_compiling(error: RuntimeError) -> bool:
+    # Not at the top: half a second of a trainer that compiles nothing.
+    from torch._dynamo.exc import TorchDynamoException
+
+    return isinstance(error, TorchDynamoException)
 
 
 def _not_compiled(error: Exception, kind: str) -> UserError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -18,7 +18,7 @@ from simpletuner.errors import ExitCode, UserError
 from simpletuner.families.spec import FamilySpec
 from simpletuner.families.weights import check_base
 from simpletuner.train.checkpoint import ResumePoint
-from simpletuner.train.fit import Fit, Fitting
+from simpletuner.train.fit import RECOMPUTING, Fit, Fitting
 from simpletuner.train.memory import MemoryPlan, gigabytes
 from simpletuner.train.ranks import Ranks
 from simpletuner.train.rehearsal import Shapes, held_bytes, plan_memory, rehearse
@@ -45,7 +45,10 @@ class BudgetPlanner:
         device: torch.device,
         ranks: Ranks,
         reporter: Reporter,
+        written: Container[str] = (),
     ) -> None:
+        """`written`: options that somebody set."""
+        self._written = written
         self._config = config
         self._spec = spec
         self._manifests = manifests
@@ -92,7 +95,7 @@ class BudgetPlanner:
             return budget, chosen
         trained = [self._manifests[entry.id] for entry in self._config.image_datasets]
         memory = rehearse(self._config, self._spec, Shapes.of(trained, self._config), self._device)
-        fit = choose(self._config, self._spec, self._manifests, memory, budget, self._ranks.count)
+        fit = choose(self._config, self._spec, self._manifests, memory, budget, self._ranks.count, self._written)
         if _training_fits(fit) or self._config.model.i_know_what_i_am_doing:
             chosen = dict(fit.settings)
             self._say(str(fit), " ".join(fit.costs), chosen, budget)
@@ -104,8 +107,9 @@ class BudgetPlanner:
         )
 
     def _say(self, message: str, cost: str, chosen: Mapping[str, Any], budget: int) -> None:
-        """A warning where something was changed, so that it is seen."""
-        say = self._reporter.warn if chosen else self._reporter.notify
+        """A warning where something was changed at a cost, so that it is seen."""
+        costs = chosen.keys() - RECOMPUTING or chosen.get("gradient_checkpointing")
+        say = self._reporter.warn if costs else self._reporter.notify
         say("memory_choice", message, hint=cost, choice=dict(chosen), budget_bytes=budget)
 
 
@@ -134,8 +138,9 @@ def choose(
     memory: MemoryPlan,
     budget_bytes: int,
     world_size: int,
+    written: Container[str] = (),
 ) -> Fit:
-    """What a start may choose by itself; `memory`: the plan of the configuration as it is."""
+    """What a start may choose. `memory`: the plan of the configuration as it is; `written` as of `Fitting`."""
     trained = [manifests[entry.id] for entry in config.image_datasets]
 
     def may(changes: Mapping[str, Any]) -> bool:
@@ -143,9 +148,9 @@ def choose(
             return _same_steps(config, trained, changes, world_size)
         if "base_model_precision" in changes:
             return _can_have(apply_choice(config, changes, spec), memory.device)
-        return set(changes) == {"gradient_checkpointing"}
+        return changes.keys() <= RECOMPUTING
 
-    return fitting(config, spec, trained, memory, budget_bytes, may=may).find()
+    return fitting(config, spec, trained, memory, budget_bytes, may=may, written=written).find()
 
 
 def fitting(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from simpletuner.checkpoints import remove_temporary
 from simpletuner.config.prompt import plan_pictures, plan_prompts
+from simpletuner.config.resolve import written_options
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.loader import Loader
 from simpletuner.diffusion.flow import FlowObjective
@@ -99,16 +100,19 @@ def build_rank(
 
 def _prepare(job: JobDir, reporter: Reporter, requests: RequestReader, ranks: Ranks) -> _Builder:
     spec = job.read_spec()
-    values = job.read_config()["config"]
-    family_spec = load_spec(values["model_family"])
-    config = TrainConfig.from_flat(values, job.read_datasets(), family_spec)
+    frozen = job.read_config()
+    family_spec = load_spec(frozen["config"]["model_family"])
+    config = TrainConfig.from_flat(frozen["config"], job.read_datasets(), family_spec)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_base(config, device)
     torch.set_flush_denormal(True)
     assert config.run.seed is not None
     seed_generators(config.run.seed)
-    make_output_dir(Path(spec.output_dir))
-    point = ranks.share(_find_point(job, config, reporter) if ranks.is_main else None)
+    asked = config.checkpoint.resume_from_checkpoint
+    own_job = spec.job_id if spec.continues else None
+    output_dir = Path(spec.output_dir)
+    make_output_dir(output_dir)
+    point = ranks.share(find_resume_point(asked, output_dir, reporter, own_job=own_job) if ranks.is_main else None)
     texts: list[str] = []
     if ranks.is_main:
         texts = [prompt.text for prompt in plan_prompts(config.validation)]
@@ -116,7 +120,9 @@ def _prepare(job: JobDir, reporter: Reporter, requests: RequestReader, ranks: Ra
     family = build_family(config, family_spec)
     preparation = Preparation(config, family, reporter, requests, device, ranks)
     manifests = preparation.discover(job.artifacts, None if spec.continues else datetime.fromisoformat(spec.created_at))
-    config, manifests, memory = BudgetPlanner(config, family_spec, manifests, device, ranks, reporter).plan(point)
+    written = written_options(frozen["provenance"])
+    planner = BudgetPlanner(config, family_spec, manifests, device, ranks, reporter, written)
+    config, manifests, memory = planner.plan(point)
     if memory.choice:
         family = build_family(config, family_spec)
         preparation = Preparation(config, family, reporter, requests, device, ranks)
@@ -124,12 +130,6 @@ def _prepare(job: JobDir, reporter: Reporter, requests: RequestReader, ranks: Ra
     kernels = choose_kernels(config, family_spec, manifests, device, ranks, reporter, point)
     inputs = preparation.encode(manifests, texts, memory)
     return _Builder(config, family, inputs, job, reporter, requests, device, memory, ranks, point, kernels)
-
-
-def _find_point(job: JobDir, config: TrainConfig, reporter: Reporter) -> ResumePoint | None:
-    spec = job.read_spec()
-    own_job = spec.job_id if spec.continues else None
-    return find_resume_point(config.checkpoint.resume_from_checkpoint, Path(spec.output_dir), reporter, own_job=own_job)
 
 
 class _Builder:
@@ -240,6 +240,8 @@ class _Builder:
         # Again, so that an adapter begins alike whatever had to be encoded before.
         seed_generators(self._seed)
         adapter = prepare_denoiser(denoiser, config, self._family.spec, self._kernels)
+        if (backend := config.compute.dynamo_backend) != "no":
+            self._reporter.notify("compiling", f"The first step compiles the blocks ({backend}): it may take minutes.")
         if adapter is None:
             return FullWeights(self._family, denoiser, self._probe)
         from simpletuner.train.trained_adapter import AdapterWeights, load_adapter_file

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ class Fit:
             "phases": dict(self.phases),
             "settings": {f"--{name}": value for name, value in self.settings.items()},
             "costs": list(self.costs),
-            "message": str(self),
+            "message": " ".join([str(self), *self.costs]),
         }
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class Fit:
             return f"Nothing that we know to change fits into {budget}: {largest!r} needs {needed}{tried}."
         if not written:
             return f"Fits into {budget} as it is: the peak is {needed}."
-        return f"Fits into {budget} with {written}: the peak is {needed}. {' '.join(self.costs)}"
+        return f"Fits into {budget} with {written}: the peak is {needed}."
 
 
 class _Rung(NamedTuple):
@@ -64,6 +64,20 @@ class _Rung(NamedTuple):
 
     changes: dict[str, Any]
     cost: str
+
+
+_ATTENTION_KEPT: dict[str, Any] = {"gradient_checkpointing": True, "gradient_checkpointing_keeps": "attention"}
+_ALL_RECOMPUTED: dict[str, Any] = {
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_keeps": "nothing",
+    "gradient_checkpointing_interval": None,
+}
+RECOMPUTING = frozenset(_ALL_RECOMPUTED)
+"""Options that change nothing but memory and time."""
+_LESS_RECOMPUTED = (
+    _Rung({"gradient_checkpointing": False}, "Nothing is recomputed: a step is about a quarter shorter."),
+    _Rung(_ATTENTION_KEPT, "Attention is not recomputed: a step is about a tenth shorter."),
+)
 
 
 class Fitting:
@@ -80,11 +94,13 @@ class Fitting:
         budget_bytes: int,
         held_bytes: int,
         may: Callable[[Mapping[str, Any]], bool] = lambda changes: True,
+        written: Container[str] = (),
     ) -> None:
         """`shapes_of`: the shapes of the data where at most so many pictures are encoded at once.
 
         `as_it_is`: the phases of the configuration, as rehearsed. `held_bytes`: what the process holds anyway, where
-        that counts too. `may`: whether so many changes of training may be proposed.
+        that counts too. `may`: whether so many changes of training may be proposed. `written`: options that somebody
+        set; recomputing is left out where it is not one of them and there is room.
         """
         self._config = config
         self._spec = spec
@@ -94,6 +110,7 @@ class Fitting:
         self._budget = budget_bytes
         self._held = held_bytes
         self._may = may
+        self._written = written
 
     def find(self) -> Fit:
         rehearsal = Rehearsal(self._config, self._spec, self._shapes_of(None))
@@ -105,6 +122,10 @@ class Fitting:
         if picture_batch is not None:
             rungs.append(self._slower("Pictures", "vae_batch_size", picture_batch, self._config.image_datasets))
         settings = {name: value for rung in rungs for name, value in rung.changes.items()}
+        compute = self._config.compute
+        for name in RECOMPUTING & settings.keys():
+            if settings[name] == getattr(compute, name):
+                del settings[name]
         phases: dict[Phase, int] = {"text": text, "latents": latents, **training}
         return Fit(settings, tuple(dict.fromkeys(rung.cost for rung in rungs)), phases, self._budget)
 
@@ -132,6 +153,8 @@ class Fitting:
     def _training(self) -> tuple[dict[Phase, int], list[_Rung]]:
         phases, kept = self._counted(self._config, self._as_it_is), list[_Rung]()
         changes: dict[str, Any] = {}
+        if self._fits(phases):
+            return self._faster(phases)
         for rung in self._rungs():
             over: set[Phase] = {phase for phase, needed in phases.items() if needed > self._budget}
             if not over:
@@ -141,14 +164,29 @@ class Fitting:
             tried = self._rehearse(self._changed(changes | rung.changes))
             if sum(tried[phase] for phase in over) < sum(phases[phase] for phase in over):
                 phases, changes = tried, changes | rung.changes
+                kept = [other for other in kept if not other.changes.keys() <= rung.changes.keys()]
                 kept.append(rung)
         return phases, kept
+
+    def _fits(self, phases: Mapping[Phase, int]) -> bool:
+        return max(phases.values()) <= self._budget
+
+    def _faster(self, phases: dict[Phase, int]) -> tuple[dict[Phase, int], list[_Rung]]:
+        """What recomputes the least of all that fits."""
+        if self._config.compute.gradient_checkpointing and not any(name in self._written for name in RECOMPUTING):
+            for rung in _LESS_RECOMPUTED:
+                tried = self._rehearse(self._changed(rung.changes))
+                if self._fits(tried):
+                    return tried, [rung]
+        return phases, []
 
     def _rungs(self) -> Iterator[_Rung]:
         """From what costs nothing but time to what changes the result."""
         config = self._config
-        if not config.model.gradient_checkpointing:
-            yield _Rung({"gradient_checkpointing": True}, "Recomputing makes a step about a third longer.")
+        if not config.compute.gradient_checkpointing:
+            yield _Rung(_ATTENTION_KEPT, "Recomputing all but attention makes a step about a quarter longer.")
+        if any(getattr(config.compute, name) != value for name, value in _ALL_RECOMPUTED.items()):
+            yield _Rung(_ALL_RECOMPUTED, "Recomputing makes a step about a third longer.")
         batch, accumulation = config.run.train_batch_size, config.run.gradient_accumulation_steps
         for smaller in (part for part in range(batch - 1, 0, -1) if batch % part == 0):
             yield _Rung(

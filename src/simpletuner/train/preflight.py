@@ -1,18 +1,20 @@
 """`python -m simpletuner.train.preflight`: what a start would find out, without starting: data, model, memory.
 
-Reads `{"config": {…}, "datasets": […], "fit_budget_bytes": n | null}`, as they are frozen for a job, from standard
-input; writes `{"problems": […], "memory_plan": {…} | null, "disk_plan": …, "fit": …}`, `fit` where a budget is given.
-Of a model on the hub only configuration files are fetched.
+Reads `{"config": {…}, "provenance": {…}, "datasets": […], "fit_budget_bytes": n | null}`, as they are frozen for a job,
+from standard input; writes `{"problems": […], "memory_plan": {…} | null, "disk_plan": …, "fit": …}`, `fit` where there
+is a budget. Of a model on the hub only configuration files are fetched.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Container
 from typing import Any
 
 import torch
 
+from simpletuner.config.resolve import written_options
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.ledger import check_defects
 from simpletuner.data.manifest import Manifest
@@ -32,7 +34,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     spec = load_spec(request["config"]["model_family"])
     config = TrainConfig.from_flat(request["config"], request["datasets"], spec)
-    found = Preflight(config, spec)
+    found = Preflight(config, spec, written_options(request["provenance"]))
     try:
         found.look(request.get("fit_budget_bytes"))
     except UserError as error:
@@ -45,7 +47,9 @@ def main() -> None:
 class Preflight:
     """What is found is kept as it is found: an error ends the looking."""
 
-    def __init__(self, config: TrainConfig, spec: FamilySpec) -> None:
+    def __init__(self, config: TrainConfig, spec: FamilySpec, written: Container[str]) -> None:
+        """`written`: options that somebody set."""
+        self._written = written
         self.problems: list[Problem] = []
         self.facts: dict[str, Any] = {"memory_plan": None, "disk_plan": None, "fit": None}
         self._config = config
@@ -66,7 +70,8 @@ class Preflight:
         plan = plan_phases(config, self._device, rehearsal.encoding() | training.phases)
         self.facts["memory_plan"] = plan.as_facts() | {"message": str(plan)}
         if budget_bytes is not None:
-            self.facts["fit"] = fitting(config, self._spec, trained, plan, budget_bytes).find().as_facts()
+            fit = fitting(config, self._spec, trained, plan, budget_bytes, written=self._written).find()
+            self.facts["fit"] = fit.as_facts()
         if config.run.memory_budget is None:
             plan.enter(*_phases(config))
         else:
@@ -76,9 +81,11 @@ class Preflight:
         """What `memory_budget` would choose, were the run started here and now; `told`: `fit` is of another budget."""
         config = self._config
         budget = budget_of(config, self._device)
-        fit = choose(config, self._spec, manifests, plan, budget, config.run.num_processes)
+        fit = choose(config, self._spec, manifests, plan, budget, config.run.num_processes, self._written)
         if not told:
-            self.facts["fit"] = fit.as_facts() | {"message": f"{fit} A start chooses for --memory_budget anew."}
+            self.facts["fit"] = fit.as_facts() | {
+                "message": f"{fit.as_facts()['message']} A start chooses for --memory_budget anew."
+            }
         plan.phases, plan.held_bytes, plan.budget_bytes = {**fit.phases}, 0, budget
         plan.enter(*_phases(config))
 
