@@ -389,15 +389,6 @@ def provenance_of(found: Resolution) -> dict[str, dict[str, Any]]:
     }
 
 
-UNWRITTEN = frozenset({"default", "flavour"})
-"""Layers whose values nobody wrote: they are made anew, and may be chosen."""
-
-
-def written_options(provenance: Mapping[str, Mapping[str, Any]]) -> frozenset[str]:
-    """Names of the options that somebody set, of a frozen `provenance`."""
-    return frozenset(name for name, origin in provenance.items() if origin["layer"] not in UNWRITTEN)
-
-
 def _write_lycoris(file: Path, config: Mapping[str, Any]) -> None:
     content = (json.dumps(config, indent=2) + "\n").encode()
     if not file.exists() or file.read_bytes() != content:

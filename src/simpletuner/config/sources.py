@@ -227,3 +227,12 @@ def _bad_value(option: OptionField, raw: Any, error: ValidationError) -> Problem
 
 def _problem(option: OptionField, code: str, message: str, hint: str) -> Problem:
     return Problem(code=code, option=option.name, message=message, hint=hint, pointer=f"/--{option.name}")
+
+
+UNWRITTEN = frozenset({"default", "flavour"})
+"""Layers whose values nobody wrote: they are made anew, and may be chosen."""
+
+
+def written_options(provenance: Mapping[str, Mapping[str, Any]]) -> frozenset[str]:
+    """Names of the options that somebody set, of a frozen `provenance`."""
+    return frozenset(name for name, origin in provenance.items() if origin["layer"] not in UNWRITTEN)

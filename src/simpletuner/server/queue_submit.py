@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from simpletuner.config.resolve import freeze, resolve, written_options
-from simpletuner.config.sources import Layer
+from simpletuner.config.resolve import freeze, resolve
+from simpletuner.config.sources import Layer, written_options
 from simpletuner.errors import UserError
 from simpletuner.jobs.scheduler import Start
 from simpletuner.jobs.submit import GpusUnavailable, Refused, Submission, Submitted, foresee

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from simpletuner.checkpoints import remove_temporary
 from simpletuner.config.prompt import plan_pictures, plan_prompts
-from simpletuner.config.resolve import written_options
+from simpletuner.config.sources import written_options
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.loader import Loader
 from simpletuner.diffusion.flow import FlowObjective

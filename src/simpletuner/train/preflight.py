@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from simpletuner.config.resolve import written_options
+from simpletuner.config.sources import written_options
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.data.ledger import check_defects
 from simpletuner.data.manifest import Manifest
@@ -83,9 +83,9 @@ class Preflight:
         budget = budget_of(config, self._device)
         fit = choose(config, self._spec, manifests, plan, budget, config.run.num_processes, self._written)
         if not told:
-            self.facts["fit"] = fit.as_facts() | {
-                "message": f"{fit.as_facts()['message']} A start chooses for --memory_budget anew."
-            }
+            facts = fit.as_facts()
+            facts["message"] += " A start chooses for --memory_budget anew."
+            self.facts["fit"] = facts
         plan.phases, plan.held_bytes, plan.budget_bytes = {**fit.phases}, 0, budget
         plan.enter(*_phases(config))
 
