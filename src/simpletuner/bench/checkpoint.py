@@ -22,12 +22,13 @@ from simpletuner.train.requests import Requests
 ROUNDS = 10
 STEPS = 10
 MOST_STEPS = 3.0
-"""training.md §10.2, of an asynchronous save; the goal is 1."""
+"""training.md §10.2; the goal is 1."""
 
 
 def measure(scene: Scene, rounds: int = ROUNDS, steps: int = STEPS) -> Measured:
     """In each round some steps, a save, a plain write of its tensors, a resume, a plain read of them."""
     step_s: list[float] = []
+    stall_s: list[float] = []
     save_s: list[float] = []
     write_s: list[float] = []
     resume_s: list[float] = []
@@ -39,7 +40,8 @@ def measure(scene: Scene, rounds: int = ROUNDS, steps: int = STEPS) -> Measured:
         trainer.run(steps)
         for number in range(rounds):
             step_s.append(statistics.median(trainer.run(steps)))
-            save_s.append(_seconds(lambda: built.inspection.checkpoint(built.run.state, Requests())))
+            stall_s.append(_seconds(lambda: built.inspection.checkpoint(built.run.state, Requests())))
+            save_s.append(stall_s[-1] + _seconds(built.inspection.saver.wait))
             folder = _latest(built)
             num_bytes = sum(path.stat().st_size for path in folder.glob("**/*.safetensors"))
             tensors = tensors_of(folder)
@@ -51,7 +53,7 @@ def measure(scene: Scene, rounds: int = ROUNDS, steps: int = STEPS) -> Measured:
     return Measured(
         benchmark="checkpoint",
         figures=[
-            _stall(save_s, step_s),
+            _stall(stall_s, step_s),
             _throughput("save, bytes per s ÷ plain save_file and fsync", save_s, write_s, num_bytes),
             _throughput("resume with verification, bytes per s ÷ plain load_file", resume_s, read_s, num_bytes),
         ],
@@ -100,11 +102,11 @@ def _read(folder: Path) -> None:
             tensor.clone()  # a mapped file is read when it is touched
 
 
-def _stall(save_s: list[float], step_s: list[float]) -> Figure:
-    ratios = [save / step for save, step in zip(save_s, step_s, strict=True)]
+def _stall(stall_s: list[float], step_s: list[float]) -> Figure:
+    ratios = [stall / step for stall, step in zip(stall_s, step_s, strict=True)]
     note = (
-        f"saved while the step waits: {1e3 * statistics.median(save_s):.0f} ms, a step of batch {BATCH_SIZE} "
-        f"{1e3 * statistics.median(step_s):.0f} ms; goal 1"
+        f"copied while the step waits, written beside it: {1e3 * statistics.median(stall_s):.1f} ms, "
+        f"a step of batch {BATCH_SIZE} {1e3 * statistics.median(step_s):.0f} ms; goal 1"
     )
     return ratio_at_most("stall of a save ÷ a step", ratios, MOST_STEPS, note)
 

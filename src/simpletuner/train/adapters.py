@@ -47,7 +47,9 @@ class Adapter(Protocol):
         """Copy a file's tensors into place. Raises UserError `adapter_unknown_keys` where they do not fit."""
         ...
 
-    def save(self, folder: Path) -> Path: ...
+    def save(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> Path:
+        """Its file, of its `tensors` or of copies of them. Returns the file's path."""
+        ...
 
     def deltas(self) -> dict[str, Callable[[], Delta]]:
         """ΔW of each module as it is at work now, by the denoiser's module names."""
@@ -98,13 +100,13 @@ class Lora:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         _copy_into(self.tensors(), tensors)
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         alpha = self._config.lora_alpha
         names = sorted(str(name) for name in self._config.target_modules or ())
         described = {"r": self._config.r, "lora_alpha": alpha, "target_modules": names, "lora_dropout": 0.0}
         header = {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in described.items()})}
-        _write_file(self.tensors(), folder / WEIGHTS, self._header | header)
+        _write_file(tensors or self.tensors(), folder / WEIGHTS, self._header | header)
         return folder / WEIGHTS
 
     def deltas(self) -> dict[str, Callable[[], Delta]]:
@@ -151,10 +153,10 @@ class Lycoris:
                 if name in tensors:
                     parameter.copy_(tensors[name])
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.config, indent=2)
-        _write_file(self.tensors(), folder / WEIGHTS, self._header | {"lycoris_config": text})
+        _write_file(tensors or self.tensors(), folder / WEIGHTS, self._header | {"lycoris_config": text})
         (folder / FILE).write_text(text + "\n")
         return folder / WEIGHTS
 
@@ -267,9 +269,9 @@ def _header(spec: FamilySpec, comment: str | None) -> dict[str, str]:
     return {"format": "pt", "modelspec.architecture": f"{spec.name}/lora", "simpletuner_family": spec.name, **stated}
 
 
-def _write_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+def _write_file(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Equal adapters make equal files: the library writes the metadata in an order that changes from run to run."""
-    content = save(tensors, metadata)
+    content = save(dict(tensors), metadata)
     size = int.from_bytes(content[:8], "little")
     header: dict[str, Any] = json.loads(content[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

@@ -27,7 +27,6 @@ from simpletuner.job import JobDir
 from simpletuner.train.budget import CHOICE, BudgetPlanner
 from simpletuner.train.buffer import build_buffers
 from simpletuner.train.checkpoint import (
-    CheckpointSaver,
     ResumePoint,
     check_resume,
     find_resume_point,
@@ -57,6 +56,7 @@ from simpletuner.train.references import Reference
 from simpletuner.train.replica import Replica
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import RequestReader
+from simpletuner.train.saver import CheckpointSaver
 from simpletuner.train.sentinel import Sentinel, Used
 from simpletuner.train.state import TrainState, seed_generators
 from simpletuner.train.tracker import Trackers

@@ -1,13 +1,10 @@
-"""Saving and resuming a run: what goes into a checkpoint, and how a run finds itself again. training.md §6."""
+"""Resuming a run: how it finds a checkpoint, whether it may go on from there, and what is loaded. training.md §6."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import shutil
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +12,16 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from simpletuner import __version__
 from simpletuner.checkpoints import (
-    STATE,
     CheckpointFolder,
-    complete_checkpoint,
     find_faults,
     list_checkpoints,
-    prune_checkpoints,
-    temporary_folder,
 )
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.errors import ExitCode, UserError
-from simpletuner.events import Checkpoint
 from simpletuner.train.report import Reporter
 from simpletuner.train.state import TrainState, restore_rng, seed_generators
 from simpletuner.train.stored import StoredTensors
@@ -40,98 +30,6 @@ from simpletuner.train.update import Update
 
 OPTIMIZER = "optimizer-rank0.safetensors"
 """Every rank has the same."""
-
-Generators = dict[str, Tensor]
-"""The state of one rank's, by name."""
-
-
-class CheckpointSaver:
-    """Writes checkpoints of one run. A full disk costs one save, not the run; the second time in a row it ends it."""
-
-    def __init__(
-        self, output_dir: Path, limit: int, facts: Mapping[str, Any], reporter: Reporter, point: ResumePoint | None
-    ) -> None:
-        self.latest = None if point is None else point.folder.path
-        """The newest complete one of this run."""
-        self._output_dir = output_dir
-        self._limit = limit
-        self._facts = dict(facts)
-        self._reporter = reporter
-        self._failures = 0
-        self._last_bytes = 0
-
-    def save(
-        self,
-        trained: Trained,
-        update: Update,
-        state: TrainState,
-        generators: Sequence[Generators],
-        *,
-        is_final: bool = False,
-        request_ids: tuple[str, ...] = (),
-        in_use: frozenset[str] = frozenset(),
-    ) -> bool:
-        """Whether it is saved; `generators` of each rank; checkpoints `in_use` are not removed for it.
-
-        Raises UserError `disk_full` (73) when the disk was full the last time too.
-        """
-        started_at = time.monotonic()
-        try:
-            with self._reporter.stage("checkpoint_save", "Saving a checkpoint"):
-                self._check_space()
-                folder = self._write(trained, update, state, generators)
-        except (OSError, SafetensorError) as error:
-            self._reporter.fail_stages("checkpoint_save")
-            self._on_failure(state, error)
-            return False
-        self._failures, self._last_bytes = 0, folder.size_bytes
-        self.latest = folder.path
-        seconds = round(time.monotonic() - started_at, 3)
-        event = Checkpoint(
-            path=str(folder.path),
-            label=folder.name,
-            step=state.step,
-            is_final=is_final,
-            bytes=folder.size_bytes,
-            seconds=seconds,
-        )
-        for request_id in request_ids or (None,):
-            self._reporter.checkpoint(event, request_id)
-        # A run that went back to an older step has newer ones beside it: the one just saved stays in any case.
-        prune_checkpoints(self._output_dir, self._limit, keep=in_use | {folder.name})
-        return True
-
-    def _write(
-        self, trained: Trained, update: Update, state: TrainState, generators: Sequence[Generators]
-    ) -> CheckpointFolder:
-        folder = temporary_folder(self._output_dir, state.step)
-        try:
-            trained.save(folder, update)
-            save_file(update.state_tensors(), folder / OPTIMIZER)
-            for rank, tensors in enumerate(generators):
-                save_file(tensors, folder / _rng_file(rank))
-            record = {**state.as_dict(), **self._facts, "layout": update.layout, "versions": versions()}
-            (folder / STATE).write_text(json.dumps(record, indent=1))
-            (folder / "README.md").write_text(_readme(state, self._facts))
-            return complete_checkpoint(folder, self._output_dir, state.step)
-        except (OSError, SafetensorError):
-            # safetensors has an error of its own for a full disk.
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-    def _check_space(self) -> None:
-        free = shutil.disk_usage(self._output_dir).free
-        if free < self._last_bytes * 1.1:
-            raise OSError(28, f"{free} bytes are free, the last checkpoint took {self._last_bytes}")
-
-    def _on_failure(self, state: TrainState, error: OSError | SafetensorError) -> None:
-        self._failures += 1
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        message = f"The checkpoint of step {state.step} could not be saved: {reason}."
-        hint = f"Make room in {self._output_dir}; earlier checkpoints are whole."
-        if self._failures > 1:
-            raise UserError("disk_full", message, hint=hint, exit_code=ExitCode.STORAGE) from error
-        self._reporter.warn("checkpoint_failed", message, hint=hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,14 +112,14 @@ def load_checkpoint(
         )
     trained.load(point.folder.path)
     update.load_state(StoredTensors(point.folder.path / OPTIMIZER, device))
-    generators = point.folder.path / _rng_file(rank)
+    generators = point.folder.path / rng_file(rank)
     if generators.exists():
         restore_rng(load_file(generators))
     else:
         seed_generators(seed)
 
 
-def _rng_file(rank: int) -> str:
+def rng_file(rank: int) -> str:
     return f"rng-rank{rank}.safetensors"
 
 
@@ -283,12 +181,3 @@ def versions() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "cpus": str(os.cpu_count()),
     }
-
-
-def _readme(state: TrainState, facts: Mapping[str, Any]) -> str:
-    return (
-        f"# Checkpoint at step {state.step}\n\n"
-        f"A {facts['model_type']} fine-tune of {facts['family']} ({facts['base'][0]}, {facts['base'][2]}).\n"
-        "The weights open with diffusers, an adapter with peft or lycoris; the other files\n"
-        "let the same run go on. `checkpoint_manifest.json` binds all of them by SHA-256.\n"
-    )

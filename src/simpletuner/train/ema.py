@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,9 +28,9 @@ class Ema:
             shadow.mul_(decay).add_(buffer.weights, alpha=1 - decay)
         self.updates += 1
 
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The average by parameter name, fp32."""
-        for shadow, buffer in zip(self.shadows, self._buffers, strict=True):
+    def named_tensors(self, shadows: Sequence[Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The average, or copies of its `shadows`, by parameter name, fp32."""
+        for shadow, buffer in zip(shadows or self.shadows, self._buffers, strict=True):
             yield from buffer.named_views(shadow)
 
     @contextmanager

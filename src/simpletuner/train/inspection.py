@@ -11,7 +11,6 @@ from torch import nn
 
 from simpletuner.families.base import Draw, Family
 from simpletuner.train.best import link_best
-from simpletuner.train.checkpoint import CheckpointSaver
 from simpletuner.train.disk import DiskWatch
 from simpletuner.train.due import Due
 from simpletuner.train.external_validation import ExternalValidation
@@ -22,6 +21,7 @@ from simpletuner.train.publish import Publisher
 from simpletuner.train.ranks import Ranks
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import Requests
+from simpletuner.train.saver import CheckpointSaver
 from simpletuner.train.sentinel import Sentinel
 from simpletuner.train.state import TrainState, rng_tensors
 from simpletuner.train.trained import Trained
@@ -74,23 +74,30 @@ class Inspection:
         is_best = loss is not None and state.best.is_to_keep(loss)
         if is_best:
             state.best.kept_loss = loss
-        saved = self.saver.save(
+        step, is_final = state.step, self.due.end(state)
+
+        def saved(folder: Path) -> None:
+            self.sentinel.saved()
+            if loss is not None and is_best:
+                link_best(folder, loss, self.reporter)
+            self.hooks.start(AFTER_CHECKPOINT, step, folder)
+            self.publisher.checkpoint(step, folder)
+
+        def failed() -> None:
+            state.best.kept_loss = kept_loss
+
+        self.saver.save(
             self.trained,
             self.update,
             state,
             generators,
-            is_final=self.due.end(state),
+            saved=saved,
+            failed=failed,
+            in_use=lambda: self.hooks.checkpoints_in_use() | self.publisher.checkpoints_in_use(),
             request_ids=requests.checkpoint,
-            in_use=self.hooks.checkpoints_in_use() | self.publisher.checkpoints_in_use(),
+            is_final=is_final,
+            beside_training=requests.end is None and not is_final,
         )
-        if not saved or self.saver.latest is None:
-            state.best.kept_loss = kept_loss
-            return
-        self.sentinel.saved()
-        if loss is not None and is_best:
-            link_best(self.saver.latest, loss, self.reporter)
-        self.hooks.start(AFTER_CHECKPOINT, state.step, self.saver.latest)
-        self.publisher.checkpoint(state.step, self.saver.latest)
 
     def final_checkpoint(self, state: TrainState) -> None:
         """Of a run that gave up before its last step, where one was due in any case."""
@@ -102,6 +109,8 @@ class Inspection:
                 self.checkpoint(state, Requests())
 
     def validate(self, state: TrainState, requests: Requests) -> None:
+        """The checkpoint of this step is told of first."""
+        self.saver.wait()
         self.metrics.drain()
         asked = bool(requests.validate)
         if asked or self.due.images(state):
@@ -167,10 +176,13 @@ class Inspection:
 
     def finish(self) -> None:
         """Uploads first: what follows one is a program of the user's."""
+        self.saver.wait()
         self.publisher.finish()
         self.hooks.finish()
 
     def close(self) -> None:
+        """What is being saved is saved: a run that failed later goes on from there."""
+        self.saver.close()
         self.validation.close()
         self.publisher.close()
         self.hooks.close()

@@ -72,6 +72,12 @@ class Reporter:
         report.finish()
         self._open_stages.pop()
 
+    def stage_beside(self, key: str, label: str) -> StageReport:
+        """A stage beside the others: whoever began it says how it ends."""
+        report = StageReport(self, key, label)
+        report.start()
+        return report
+
     def skip_stage(self, key: str, label: str) -> None:
         self.emit(_stage_event(Stage(key=key, label=label, status="skipped", percent=100.0)))
 

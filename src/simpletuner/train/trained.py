@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -17,6 +18,7 @@ from simpletuner.errors import ExitCode, UserError
 from simpletuner.families.base import Family
 from simpletuner.families.spec import FamilySpec
 from simpletuner.train.blocks import choose_run
+from simpletuner.train.host_copies import HostCopies
 from simpletuner.train.update import Update
 from simpletuner.train.validation import weights_to_draw
 
@@ -37,6 +39,10 @@ class Trained(Protocol):
 
     def save(self, folder: Path, update: Update) -> None:
         """Into a checkpoint's folder, the moving average too."""
+        ...
+
+    def stage(self, update: Update, copies: HostCopies) -> Callable[[Path], None]:
+        """Copy what `save` would write; what is returned writes that, whatever has become of the weights by then."""
         ...
 
     def load(self, folder: Path) -> None:
@@ -63,17 +69,35 @@ class FullWeights:
         self._probe = probe
 
     def save(self, folder: Path, update: Update) -> None:
-        assert isinstance(self.denoiser, ModelMixin)
+        average = None if update.ema is None else dict(update.ema.named_tensors())
         with update.averaged():
-            self.denoiser.save_pretrained(folder / DENOISER)
-        if update.ema is None:
-            return
-        tensors = {name: value.detach().clone() for name, value in self.denoiser.state_dict().items()}
-        tensors |= {name: value.contiguous() for name, value in update.ema.named_tensors()}
-        average = folder / f"{DENOISER}_ema"
-        average.mkdir()
-        self.denoiser.save_config(average)
-        save_file(tensors, average / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+            self._write(self.denoiser.state_dict(), average, folder)
+
+    def stage(self, update: Update, copies: HostCopies) -> Callable[[Path], None]:
+        with update.averaged():
+            flat = [copies.keep(f"saved.{index}", buffer.weights) for index, buffer in enumerate(update.buffers)]
+        weights = {name: view for buffer, copy in zip(update.buffers, flat, strict=True)
+                   for name, view in buffer.named_views(copy)}  # fmt: skip
+        untrained = {name: value for name, value in self.denoiser.state_dict().items() if name not in weights}
+        weights |= {name: copies.keep(name, value) for name, value in untrained.items()}
+        average = None
+        if update.ema is not None:
+            shadows = [copies.keep(f"ema.{index}", shadow) for index, shadow in enumerate(update.ema.shadows)]
+            average = dict(update.ema.named_tensors(shadows))
+        return partial(self._write, weights, average)
+
+    def _write(self, weights: Mapping[str, Tensor], average: Mapping[str, Tensor] | None, folder: Path) -> None:
+        assert isinstance(self.denoiser, ModelMixin)
+        with torch.device("meta"):
+            twin: Any = type(self.denoiser).from_config(self.denoiser.config)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+        twin.load_state_dict(weights, assign=True)
+        twin.save_pretrained(folder / DENOISER)
+        if average is not None:
+            place = folder / f"{DENOISER}_ema"
+            place.mkdir()
+            twin.save_config(place)
+            tensors = {name: value.contiguous() for name, value in {**weights, **average}.items()}
+            save_file(tensors, place / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
     def load(self, folder: Path) -> None:
         saved = self._family.load_denoiser(folder / DENOISER).state_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from simpletuner.adapters.file import Kind, read_adapter
 from simpletuner.adapters.readers import check_file
 from simpletuner.errors import UserError
 from simpletuner.train.adapters import WEIGHTS, Adapter
+from simpletuner.train.host_copies import HostCopies
 from simpletuner.train.trained import TOLERANCE, mismatch
 from simpletuner.train.update import Update
 
@@ -30,11 +32,22 @@ class AdapterWeights:
         self.adapter_name: str | None = f"{facts['library']} {facts['algo']} on {facts['modules']} modules"
 
     def save(self, folder: Path, update: Update) -> None:
+        self.stage(update, HostCopies())(folder)
+
+    def stage(self, update: Update, copies: HostCopies) -> Callable[[Path], None]:
         with update.averaged():
-            self.adapter.save(folder)
+            own = {key: copies.keep(f"adapter.{key}", value) for key, value in self.adapter.tensors().items()}
+        average = None
         if update.ema is not None:
             with update.ema.in_place():
-                self.adapter.save(folder / "ema")
+                average = {key: copies.keep(f"average.{key}", value) for key, value in self.adapter.tensors().items()}
+
+        def write(folder: Path) -> None:
+            self.adapter.save(folder, own)
+            if average is not None:
+                self.adapter.save(folder / "ema", average)
+
+        return write
 
     def load(self, folder: Path) -> None:
         self.adapter.load(load_file(folder / WEIGHTS))
