@@ -13,6 +13,7 @@ from simpletuner.config.budget import BUDGET_OPTIONS, budget_rule
 from simpletuner.config.compute_options import COMPILE_OPTIONS, RECOMPUTE_OPTIONS, compute_rule
 from simpletuner.config.device_numbers import DEVICE_OPTIONS, device_rule
 from simpletuner.config.disk import DISK_OPTIONS, disk_rule
+from simpletuner.config.fsdp_options import FSDP_OPTIONS, fsdp_rule
 from simpletuner.config.model_options import QUANTISED
 from simpletuner.config.pairing import check_pairs
 from simpletuner.config.prompt import parse_resolutions
@@ -367,6 +368,8 @@ _RULES: tuple[tuple[Callable[[Situation], Iterator[Problem]], tuple[str, ...]], 
     (compute_rule, ("gradient_checkpointing", "dynamo_backend", *RECOMPUTE_OPTIONS, *COMPILE_OPTIONS, *BUDGET_OPTIONS)),
     (device_rule, DEVICE_OPTIONS),
     (disk_rule, DISK_OPTIONS),
+    (fsdp_rule, (*FSDP_OPTIONS, "num_processes", "base_model_precision", "model_type", "optimizer", "dynamo_backend",
+                 *BUDGET_OPTIONS)),
     (script_rule, ("validation_method", *SCRIPTS)),
     (_warmup, ("max_train_steps", "lr_warmup_steps")),
     (_datasets, ()),

@@ -18,6 +18,7 @@ from simpletuner.config.dataset_options import (
     TextEmbeds,
 )
 from simpletuner.config.flux_options import FluxOptions
+from simpletuner.config.fsdp_options import FsdpOptions
 from simpletuner.config.model_options import AdapterOptions, ModelOptions, PrecisionOptions
 from simpletuner.config.option import OptionField, OptionGroup, fields_of
 from simpletuner.config.publishing_options import PublishingOptions
@@ -37,6 +38,7 @@ GROUPS: dict[str, type[OptionGroup]] = {
     "flux": FluxOptions,
     "precision": PrecisionOptions,
     "compute": ComputeOptions,
+    "fsdp": FsdpOptions,
     "run": RunOptions,
     "optimizer": OptimizerOptions,
     "loss": LossOptions,
@@ -57,6 +59,7 @@ class TrainConfig(BaseModel):
     flux: FluxOptions
     precision: PrecisionOptions
     compute: ComputeOptions
+    fsdp: FsdpOptions
     run: RunOptions
     optimizer: OptimizerOptions
     loss: LossOptions

@@ -16,7 +16,7 @@ from simpletuner.events import TrainingStatusData
 from simpletuner.job import JobDir, RankError
 from simpletuner.process import die_with_parent, return_freed_memory
 from simpletuner.train.report import Reporter
-from simpletuner.train.requests import Ended, RequestReader
+from simpletuner.train.requests import Ended, RequestReader, rank_lost
 from simpletuner.train.unused import leave_out
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ def _run(
             return fail(_out_of_memory(reporter, error))
         if _is_disk_full(error):
             return fail(_disk_full(error))
+        if _is_connection_lost(error):
+            return fail(rank_lost("it no longer answers"))
         return fail(_bug(error), traceback="".join(traceback.format_exception(error)))
 
 
@@ -138,6 +140,11 @@ def _is_disk_full(error: BaseException) -> bool:
     if type(error).__name__ == "SafetensorError":
         return any(f"(os error {number})" in str(error) for number in full)
     return isinstance(error, OSError) and error.errno in full
+
+
+def _is_connection_lost(error: BaseException) -> bool:
+    """Between ranks, in the middle of a pass: weights that are spread are fetched there."""
+    return type(error).__name__ == "DistBackendError" or "gloo/transport" in str(error)
 
 
 def _disk_full(error: BaseException) -> UserError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,9 @@ class Slot:
 
 class FlatParameters:
     """The trained parameters of one dtype: `weights` and `grads`, 1-D, equal in length and type."""
+
+    is_sharded = False
+    """Whether each rank has another part of them."""
 
     def __init__(self, named: list[tuple[str, nn.Parameter]]) -> None:
         self.slots: list[Slot] = []
@@ -57,6 +60,10 @@ class FlatParameters:
         for slot in self.slots:
             yield slot.name, self.view(buffer, slot)
 
+    def spread(self, flat: Tensor) -> Mapping[str, Tensor]:
+        """Of a buffer of this layout of each rank: the tensors that they are together, by parameter name."""
+        return dict(self.named_views(flat))
+
     @property
     def layout(self) -> str:
         """A hash of names, shapes, places and type: state of another layout is foreign."""
@@ -64,11 +71,11 @@ class FlatParameters:
         return hashlib.sha256("\n".join([str(self.weights.dtype), *rows]).encode()).hexdigest()
 
 
-def build_buffers(module: nn.Module) -> list[FlatParameters]:
+def build_buffers(module: nn.Module, without: Container[str] = ()) -> list[FlatParameters]:
     """Move the parameters that require gradients into flat buffers, grouped by dtype in order of first appearance."""
     groups: dict[torch.dtype, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and name not in without:
             groups.setdefault(parameter.dtype, []).append((name, parameter))
     return [FlatParameters(named) for named in groups.values()]
 
@@ -90,12 +97,29 @@ def _parts(grads: Tensor) -> tuple[Tensor, ...]:
     return grads.split(_AT_ONCE) if grads.device.type == "cpu" else (grads,)
 
 
+def _norm(buffers: list[FlatParameters]) -> Tensor:
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for some in buffers for part in _parts(some.grads)]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
 @torch.no_grad()
-def clip_gradients(buffers: list[FlatParameters], limit: float, method: str) -> Clipping:
-    """`norm`: g·min(1, limit/‖g‖₂) over all buffers; `value`: each element to ±limit, in place. Limit 0: never."""
-    parts = [part for buffer in buffers for part in _parts(buffer.grads)]
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
-    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+def clip_gradients(
+    buffers: list[FlatParameters],
+    limit: float,
+    method: str,
+    add_up: Callable[[Sequence[Tensor]], None] = lambda tensors: None,
+) -> Clipping:
+    """`norm`: g·min(1, limit/‖g‖₂) over all buffers; `value`: each element to ±limit, in place. Limit 0: never.
+
+    `add_up` makes the sum over all ranks, of what each has a part of.
+    """
+    whole = [buffer for buffer in buffers if not buffer.is_sharded]
+    if len(whole) == len(buffers):
+        norm = _norm(buffers)
+    else:
+        squared = _norm([buffer for buffer in buffers if buffer.is_sharded]).square()
+        add_up([squared])
+        norm = (squared + _norm(whole).square() if whole else squared).sqrt()
     scale = (limit / norm).clamp(max=1.0) if limit and method == "norm" else torch.ones_like(norm)
     if limit and method == "value":
         for buffer in buffers:

@@ -25,7 +25,6 @@ from simpletuner.families.registry import load_spec
 from simpletuner.families.weights import autocast_dtype, check_base
 from simpletuner.job import JobDir
 from simpletuner.train.budget import CHOICE, BudgetPlanner
-from simpletuner.train.buffer import build_buffers
 from simpletuner.train.checkpoint import (
     ResumePoint,
     check_resume,
@@ -35,7 +34,6 @@ from simpletuner.train.checkpoint import (
 )
 from simpletuner.train.disk import DiskWatch, make_output_dir
 from simpletuner.train.due import Due, total_steps
-from simpletuner.train.ema import Ema
 from simpletuner.train.external_validation import ExternalValidation
 from simpletuner.train.heldout import HeldOut
 from simpletuner.train.hooks import Hooks
@@ -48,7 +46,7 @@ from simpletuner.train.loop import Run
 from simpletuner.train.memory import MemoryPlan
 from simpletuner.train.metrics import Metrics, keep_metrics_until
 from simpletuner.train.model_card import ModelCard
-from simpletuner.train.optim import build_optimizers
+from simpletuner.train.prepared import Prepared, prepare
 from simpletuner.train.preview import build_previews
 from simpletuner.train.publish import Publisher
 from simpletuner.train.ranks import ALONE, Ranks
@@ -60,7 +58,7 @@ from simpletuner.train.saver import CheckpointSaver
 from simpletuner.train.sentinel import Sentinel, Used
 from simpletuner.train.state import TrainState, seed_generators
 from simpletuner.train.tracker import Trackers
-from simpletuner.train.trained import FullWeights, Trained, prepare_denoiser
+from simpletuner.train.trained import Trained
 from simpletuner.train.update import Update
 from simpletuner.train.validation import Validation
 
@@ -174,9 +172,8 @@ class _Builder:
         remove_temporary(self._output_dir)
         denoiser = self._load()
         with reporter.stage("init_prepare_models", "Preparing the model"):
-            trained = self._prepare(denoiser)
-            ema = config.precision.ema_decay if config.precision.use_ema else None
-            update = self._build_update(denoiser, ema)
+            prepared = self._prepare(denoiser)
+            trained, update, _ = prepared
             file = self._output_dir / "training_metrics.jsonl"
             keep_metrics_until(file, point.state.step if point else 0)
             trackers = Trackers(config.publishing, self._output_dir, config.without_secrets(), reporter)
@@ -189,11 +186,12 @@ class _Builder:
             saver = CheckpointSaver(
                 self._output_dir, config.checkpoint.checkpoints_total_limit, self._facts(), reporter, point
             )
-            inspection = self._build_inspection(trained, update, saver, metrics)
+            inspection = self._build_inspection(prepared, saver, metrics)
         if config.validation.disable_benchmark:
             reporter.skip_stage("benchmark_base_model", "Drawing the base model")
         else:
             inspection.benchmark(config.model.pretrained_model_name_or_path)
+            inspection.release()
         self._resume(point, trained, update)
         reporter.notify("memory_plan", str(self._memory), **self._memory.as_facts())
         speaker = Speaker(metrics, self._requests, state, inspection.due, ranks)
@@ -206,14 +204,15 @@ class _Builder:
         )  # fmt: skip
 
     def build_follower(self) -> tuple[Replica, Follower]:
-        """It keeps no moving average: rank 0 has it, and nobody else looks at it."""
         point = self._ranks.share(None)
         denoiser = self._load()
-        trained = self._prepare(denoiser)
-        update = self._build_update(denoiser, None)
+        prepared = self._prepare(denoiser)
+        trained, update, _ = prepared
         state = point.state if point else TrainState()
+        if not self._config.validation.disable_benchmark:
+            prepared.attend()
         self._resume(point, trained, update)
-        follower = Follower(state, Due.from_config(self._config, self._total), self._ranks)
+        follower = Follower(state, Due.from_config(self._config, self._total), self._ranks, prepared.attend)
         return self._replica(denoiser, trained, update, state, follower, follower), follower
 
     def _checked_point(self) -> ResumePoint | None:
@@ -234,31 +233,11 @@ class _Builder:
         with self._reporter.stage("init_load_base_model", "Loading the model"):
             return self._family.load_denoiser().to(self._device)
 
-    def _prepare(self, denoiser: nn.Module) -> Trained:
-        """Choose what is trained."""
-        config = self._config
-        # Again, so that an adapter begins alike whatever had to be encoded before.
-        seed_generators(self._seed)
-        adapter = prepare_denoiser(denoiser, config, self._family.spec, self._kernels)
-        if (backend := config.compute.dynamo_backend) != "no":
-            self._reporter.notify("compiling", f"The first step compiles the blocks ({backend}): it may take minutes.")
-        if adapter is None:
-            return FullWeights(self._family, denoiser, self._probe)
-        from simpletuner.train.trained_adapter import AdapterWeights, load_adapter_file
-
-        if config.adapter.init_lora:
-            load_adapter_file(adapter, config.adapter.init_lora)
-        trained = AdapterWeights(denoiser, adapter, self._family.spec.name)
-        self._reporter.notify("adapter_attached", f"{trained.adapter_name}.", **adapter.facts())
-        return trained
-
-    def _build_update(self, denoiser: nn.Module, ema_decay: float | None) -> Update:
-        config = self._config
-        buffers = build_buffers(denoiser)
-        ema = None if ema_decay is None else Ema(buffers, ema_decay)
-        optimizers = build_optimizers(config.optimizer.optimizer, buffers, self._seed, self._reporter.warn)
-        keeps = config.model.model_type == "lora"
-        return Update(buffers, optimizers, config.optimizer, self._total, ema, keeps_weights=keeps)
+    def _prepare(self, denoiser: nn.Module) -> Prepared:
+        return prepare(
+            denoiser, self._config, self._family, self._total, device=self._device, ranks=self._ranks,
+            reporter=self._reporter, probe=self._probe, kernels=self._kernels,
+        )  # fmt: skip
 
     def _objective(self) -> Objective:
         spec = self._family.spec
@@ -275,10 +254,8 @@ class _Builder:
             prediction_type=prediction,
         )
 
-    def _build_inspection(
-        self, trained: Trained, update: Update, saver: CheckpointSaver, metrics: Metrics
-    ) -> Inspection:
-        config = self._config
+    def _build_inspection(self, prepared: Prepared, saver: CheckpointSaver, metrics: Metrics) -> Inspection:
+        config, trained = self._config, prepared.trained
         hooks = Hooks(config, self._reporter, self._requests.asked_to_end)
         card = ModelCard(config, self._family.spec, trained.adapter_name)
         references = self._references()
@@ -291,7 +268,7 @@ class _Builder:
         return Inspection(
             family=self._family,
             trained=trained,
-            update=update,
+            update=prepared.update,
             validation=validation,
             held_out=[] if config.validation.eval_loss_disable else self._build_held_out(),
             saver=saver,
@@ -307,6 +284,7 @@ class _Builder:
             device=self._device,
             ranks=self._ranks,
             ema_mode=config.precision.ema_validation,
+            release=prepared.release,
         )
 
     def _references(self) -> list[Reference]:
@@ -344,7 +322,7 @@ class _Builder:
         else:
             with self._reporter.stage("init_resume_checkpoint", "Resuming"):
                 self._go_back(trained, update, point)
-        self._ranks.copy_from_main([buffer.weights for buffer in update.buffers])
+        self._ranks.copy_from_main([buffer.weights for buffer in update.buffers if not buffer.is_sharded])
 
     def _go_back(self, trained: Trained, update: Update, point: ResumePoint) -> None:
         rank = self._ranks.rank

@@ -134,6 +134,7 @@ def run_facts(config: TrainConfig, data_fingerprint: str, job_id: str, num_proce
         "base": [config.model.pretrained_model_name_or_path, config.model.revision, base],
         "optimizer": config.optimizer.optimizer,
         "use_ema": config.precision.use_ema,
+        "fsdp_enable": config.fsdp.fsdp_enable or None,
         "batch_layout": {
             "train_batch_size": config.run.train_batch_size,
             "gradient_accumulation_steps": config.run.gradient_accumulation_steps,
@@ -147,8 +148,8 @@ def run_facts(config: TrainConfig, data_fingerprint: str, job_id: str, num_proce
 def check_resume(point: ResumePoint, facts: Mapping[str, Any], config: TrainConfig, reporter: Reporter) -> bool:
     """Whether the run goes on exactly. Raises UserError `resume_incompatible` for what cannot go on at all."""
     record = point.record
-    for name in ("family", "model_type", "lora_type", "optimizer", "use_ema"):
-        # Checkpoints from before there were adapters do not say `lora_type`.
+    for name in ("family", "model_type", "lora_type", "optimizer", "use_ema", "fsdp_enable"):
+        # Checkpoints from before there were adapters do not say `lora_type`, nor `fsdp_enable` without it.
         if record.get(name) != facts[name]:
             raise UserError(
                 "resume_incompatible",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ class Ema:
         self._buffers = buffers
         self._decay = decay
         self.updates = 0
+        self.elsewhere: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Entered while the denoiser holds the average: what others have of the weights has to follow."""
         self.shadows = [buffer.weights.float().clone() for buffer in buffers]
 
     @torch.no_grad()
@@ -40,7 +42,8 @@ class Ema:
         try:
             for shadow, buffer in zip(self.shadows, self._buffers, strict=True):
                 buffer.weights.copy_(shadow)
-            yield
+            with self.elsewhere():
+                yield
         finally:
             for weights, buffer in zip(kept, self._buffers, strict=True):
                 buffer.weights.copy_(weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -51,6 +52,8 @@ class Inspection:
     device: torch.device
     ranks: Ranks
     ema_mode: EmaMode = "comparison"
+    release: Callable[[], None] = lambda: None
+    """Of the other ranks, where what is looked at takes all of them."""
     _draw: Draw | None = field(default=None, init=False)
     _measured: tuple[int, float] | None = field(default=None, init=False)
     """Step and mean of the latest held-out losses."""
@@ -60,6 +63,10 @@ class Inspection:
         return self.trained.denoiser
 
     def checkpoint(self, state: TrainState, requests: Requests) -> None:
+        self._save(state, requests)
+        self.release()
+
+    def _save(self, state: TrainState, requests: Requests) -> None:
         """Metrics are read first: weights that a non-finite number ended with are never saved.
 
         Every checkpoint has a held-out loss, so that the best of them is known; only a stop does not wait for one.
@@ -117,6 +124,7 @@ class Inspection:
             self._images(state.step, "request" if asked else "interval", requests.validate)
         if asked or self.due.held_out(state):
             self.measure(state)
+        self.release()
 
     def measure(self, state: TrainState) -> None:
         """The held-out losses, unless this step has them already."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -77,6 +78,8 @@ class Follower:
     state: TrainState
     due: Due
     ranks: Ranks
+    attend: Callable[[], None] = lambda: None
+    """Do along what rank 0 does between steps, where that takes all ranks."""
 
     def hear(self, facts: StepFacts, loss: Tensor, norm: Tensor) -> Requests:
         word = self.ranks.share(_Word(Requests(), {}))
@@ -86,13 +89,20 @@ class Follower:
             raise RollBack
         return word.requests
 
+    def begin(self) -> None:
+        """What rank 0 looks at before the first step."""
+        if not self.due.end(self.state):
+            self.attend()
+
     def checkpoint(self, state: TrainState, requests: Requests) -> None:
         self.ranks.gather(rng_tensors())
+        self.attend()
 
     def validate(self, state: TrainState, requests: Requests) -> None:
-        """Rank 0 draws alone."""
+        self.attend()
 
     def finish(self) -> None:
-        """The checkpoint of a run that gave up, if rank 0 makes one."""
+        """The checkpoint of a run that gave up, if rank 0 makes one; then its export."""
         if self.due.gives_up(self.state) and not self.ranks.share(True):
-            self.ranks.gather(rng_tensors())
+            self.checkpoint(self.state, Requests())
+        self.attend()

@@ -71,7 +71,7 @@ def train(run: Run) -> Outcome:
         count += size * ranks.count
         if not batch.is_last_micro:
             continue
-        ranks.add_up([*run.update.gradients, total_loss])
+        ranks.add_up([*run.update.own_gradients, total_loss])
         rate = run.update.rate(state.step)
         norm = run.update.apply(state.step)
         state.advance(batch.next_position, count)

@@ -41,6 +41,7 @@ class Replica:
 def follow(replica: Replica, follower: Follower) -> None:
     """The part in a run of every rank but the first."""
     outcome: Outcome | None = None
+    follower.begin()
     while outcome is None:
         try:
             outcome = train(replica.run)

@@ -65,6 +65,7 @@ def _loop(built: Built, reporter: Reporter) -> Outcome:
         built.inspection.measure(state)
     if built.inspection.due.on_startup:
         built.inspection.on_startup(state.step)
+    built.inspection.release()
     built.metrics.start()
     while True:
         try:
@@ -94,6 +95,7 @@ def _finish(built: Built, reporter: Reporter, job: JobDir) -> None:
     pipeline = inspection.export()
     inspection.measure(state)
     inspection.final_validation(state.step, pipeline)
+    inspection.release()
     publish_sheet(output_dir, job.artifacts, reporter)
     inspection.publisher.publish(state.step, pipeline)
     inspection.finish()

@@ -125,6 +125,9 @@ class CheckpointSaver:
         self._thread.shutdown()
 
     def _has_room(self, update: Update) -> bool:
+        """Parts of several ranks are never copied: all of them write at once."""
+        if any(buffer.is_sharded for buffer in update.buffers):
+            return False
         tensors = [*(buffer.weights for buffer in update.buffers), *update.state_tensors().values()]
         needed = sum(tensor.nbytes for tensor in tensors)
         if tensors[0].device.type == "cpu":

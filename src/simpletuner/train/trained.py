@@ -67,6 +67,7 @@ class FullWeights:
         self.denoiser = denoiser
         self._family = family
         self._probe = probe
+        self._kind: Any = type(denoiser)
 
     def save(self, folder: Path, update: Update) -> None:
         average = None if update.ema is None else dict(update.ema.named_tensors())
@@ -87,10 +88,7 @@ class FullWeights:
         return partial(self._write, weights, average)
 
     def _write(self, weights: Mapping[str, Tensor], average: Mapping[str, Tensor] | None, folder: Path) -> None:
-        assert isinstance(self.denoiser, ModelMixin)
-        with torch.device("meta"):
-            twin: Any = type(self.denoiser).from_config(self.denoiser.config)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
-        twin.load_state_dict(weights, assign=True)
+        twin = self._twin(weights)
         twin.save_pretrained(folder / DENOISER)
         if average is not None:
             place = folder / f"{DENOISER}_ema"
@@ -99,8 +97,23 @@ class FullWeights:
             tensors = {name: value.contiguous() for name, value in {**weights, **average}.items()}
             save_file(tensors, place / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
+    def _twin(self, weights: Mapping[str, Tensor]) -> Any:
+        """A denoiser that has these tensors."""
+        assert isinstance(self.denoiser, ModelMixin)
+        with torch.device("meta"):
+            twin = self._kind.from_config(self.denoiser.config)
+        twin.load_state_dict(weights, assign=True)
+        return twin
+
+    def _whole(self) -> nn.Module:
+        """With the weights of the moment."""
+        return self.denoiser
+
+    def _saved_weights(self, folder: Path) -> Mapping[str, Tensor]:
+        return self._family.load_denoiser(folder / DENOISER).state_dict()
+
     def load(self, folder: Path) -> None:
-        saved = self._family.load_denoiser(folder / DENOISER).state_dict()
+        saved = self._saved_weights(folder)
         with torch.no_grad():
             for name, value in self.denoiser.state_dict().items():
                 value.copy_(saved[name])
@@ -112,7 +125,7 @@ class FullWeights:
         weights = weights_to_draw(update, "ema_only")[0]
         self.denoiser.eval()
         with weights.hold(), torch.inference_mode():
-            self._family.export_pipeline(beside, self.denoiser)
+            self._family.export_pipeline(beside, self._whole())
             wanted = self._probe(self.denoiser).float()
         reread = self._family.load_denoiser(beside / DENOISER).to(wanted.device).eval()
         with torch.inference_mode():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -12,6 +12,7 @@ from simpletuner.config.training_options import OptimizerOptions
 from simpletuner.train.buffer import FlatParameters, clip_gradients
 from simpletuner.train.ema import Ema
 from simpletuner.train.optim import Optimizer
+from simpletuner.train.ranks import ALONE, Ranks
 from simpletuner.train.schedule import learning_rate
 from simpletuner.train.stored import Below
 
@@ -28,6 +29,7 @@ class Update:
         ema: Ema | None,
         *,
         keeps_weights: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         """`keeps_weights`: the trained weights are part of the state, not only of a file that others read.
 
@@ -35,6 +37,7 @@ class Update:
         """
         averages = optimizers[0].averages
         self._keeps_weights = keeps_weights or averages
+        self._ranks = ranks
         self.buffers = buffers
         self.optimizers = optimizers
         self.ema = ema
@@ -49,10 +52,15 @@ class Update:
     def gradients(self) -> list[Tensor]:
         return [buffer.grads for buffer in self.buffers]
 
+    @property
+    def own_gradients(self) -> list[Tensor]:
+        """Those that are of this rank's samples alone; the others FSDP has added up."""
+        return [buffer.grads for buffer in self.buffers if not buffer.is_sharded]
+
     def apply(self, step: int) -> Tensor:
         """Perform the 0-based optimizer step; returns the unclipped gradient norm, fp32 scalar on the device."""
         limit = self._options.max_grad_norm if self.optimizers[0].clips else 0.0
-        clipping = clip_gradients(self.buffers, limit, self._options.grad_clip_method)
+        clipping = clip_gradients(self.buffers, limit, self._options.grad_clip_method, self._ranks.add_up)
         rate = self.rate(step)
         for optimizer in self.optimizers:
             optimizer.step(rate, step, clipping)
@@ -71,7 +79,7 @@ class Update:
             yield
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything of optimizers and moving average that a restart needs."""
+        """Everything of optimizers and moving average that a restart needs and that is alike on all ranks."""
         tensors: dict[str, Tensor] = {}
         if self._keeps_weights:
             tensors |= {f"weights.{index}": buffer.weights for index, buffer in enumerate(self.buffers)}
@@ -79,8 +87,29 @@ class Update:
             tensors |= {f"optimizer.{index}.{name}": value for name, value in optimizer.state.items()}
         if self.ema is not None:
             tensors |= {f"ema.{index}": shadow for index, shadow in enumerate(self.ema.shadows)}
+        for _, name, _ in self._spread():
+            del tensors[name]
+        if self.ema is not None:
             tensors["ema.updates"] = torch.tensor(self.ema.updates)
         return tensors
+
+    def spread_state(self) -> dict[str, Tensor]:
+        """The rest of it: tensors of which each rank has a part."""
+        found: dict[str, Tensor] = {}
+        for index, name, flat in self._spread():
+            found |= {f"{name}.{parameter}": tensor for parameter, tensor in self.buffers[index].spread(flat).items()}
+        return found
+
+    def _spread(self) -> Iterator[tuple[int, str, Tensor]]:
+        """Number of the buffer, name and tensor of each state that is as long as a buffer of which ranks have parts."""
+        for index, buffer in enumerate(self.buffers):
+            if not buffer.is_sharded:
+                continue
+            for name, value in self.optimizers[index].state.items():
+                if value.shape == buffer.weights.shape:
+                    yield index, f"optimizer.{index}.{name}", value
+            if self.ema is not None:
+                yield index, f"ema.{index}", self.ema.shadows[index]
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy into place, one tensor after the other.
@@ -91,11 +120,13 @@ class Update:
             for index, buffer in enumerate(self.buffers):
                 buffer.weights.copy_(tensors[f"weights.{index}"])
         for index, optimizer in enumerate(self.optimizers):
-            optimizer.load(Below(f"optimizer.{index}.", tensors))
+            stored = Below(f"optimizer.{index}.", tensors)
+            optimizer.load({**optimizer.state, **stored} if self.buffers[index].is_sharded else stored)
         if self.ema is not None and "ema.updates" in tensors:
             self.ema.updates = int(tensors["ema.updates"])
             for index, shadow in enumerate(self.ema.shadows):
-                shadow.copy_(tensors[f"ema.{index}"])
+                if not self.buffers[index].is_sharded:
+                    shadow.copy_(tensors[f"ema.{index}"])
 
     @property
     def layout(self) -> list[str]:
