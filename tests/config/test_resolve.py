@@ -137,7 +137,7 @@ def test_all_problems_are_answered_at_once(place: Place) -> None:
         "/--base_model_precision": "quantised_full",
         "/--optimizer": "unknown_optimizer",
         "/--validation_resolution": "bad_resolution",
-        "/--fsdp_enable": "option_not_supported_yet",
+        "/--fsdp_enable": "incompatible_options",
         "/--use_ema": "bad_boolean",
         "/datasets/0/crop_stile": "unknown_dataset_key",
         "/datasets/0/crop": "bad_boolean",

@@ -208,11 +208,9 @@ def _parse_all(found: Resolution, layers: Sequence[Layer], flavour_values: Mappi
         found.origins[option.name] = Origin(candidates[0][0], tuple(candidates[1:]))
         if option.ui.later and candidates[0][1] != option.default:
             message = f"The option --{option.name} is not supported yet."
-            found.problems.append(
-                Problem(
-                    code="option_not_supported_yet", option=option.name, message=message, pointer=f"/--{option.name}"
-                )
-            )
+            built = str(option.default).lower() if isinstance(option.default, bool) else option.default
+            hint = "Leave it out." if built is None else f"What is built is {built}."
+            found.problems.append(error_about("option_not_supported_yet", option.name, message, hint))
     _default_epochs(found)
     _name_warmup(found)
 

@@ -13,7 +13,7 @@ from simpletuner.config.budget import BUDGET_OPTIONS, budget_rule
 from simpletuner.config.compute_options import COMPILE_OPTIONS, RECOMPUTE_OPTIONS, compute_rule
 from simpletuner.config.device_numbers import DEVICE_OPTIONS, device_rule
 from simpletuner.config.disk import DISK_OPTIONS, disk_rule
-from simpletuner.config.fsdp_options import FSDP_OPTIONS, fsdp_rule
+from simpletuner.config.fsdp_options import FSDP_OPTIONS, fsdp_rule, parts_rule
 from simpletuner.config.model_options import QUANTISED
 from simpletuner.config.pairing import check_pairs
 from simpletuner.config.prompt import parse_resolutions
@@ -122,6 +122,7 @@ def _optimizer(at: Situation) -> Iterator[Problem]:
         for option in _OF_NO_EFFECT.get(name, ()):
             if at.given(option):
                 yield warning_about("option_no_effect", option, f"--{option} has no effect: --optimizer is {name}.")
+        yield from parts_rule(at)
         return
     near = get_close_matches(name, OPTIMIZERS, n=1)
     guess = f"Did you mean {near[0]!r}? " if near else ""
@@ -351,7 +352,7 @@ _RULES: tuple[tuple[Callable[[Situation], Iterator[Problem]], tuple[str, ...]], 
     (flux_rule, ("i_know_what_i_am_doing", "model_flavour", "flux_fast_schedule", "flux_guidance_min",
                  "flux_guidance_max")),
     (reference_rule, ("i_know_what_i_am_doing", "model_flavour", "datasets")),
-    (_optimizer, ("optimizer",)),
+    (_optimizer, ("optimizer", "model_type", *FSDP_OPTIONS)),
     (tracker_rule, ("report_to", *SCRIPTS)),
     (publish_rule, ("push_to_hub", "push_checkpoints_to_hub", "hub_model_id", "publishing_config",
                     "model_type", *SCRIPTS)),
@@ -368,7 +369,7 @@ _RULES: tuple[tuple[Callable[[Situation], Iterator[Problem]], tuple[str, ...]], 
     (compute_rule, ("gradient_checkpointing", "dynamo_backend", *RECOMPUTE_OPTIONS, *COMPILE_OPTIONS, *BUDGET_OPTIONS)),
     (device_rule, DEVICE_OPTIONS),
     (disk_rule, DISK_OPTIONS),
-    (fsdp_rule, (*FSDP_OPTIONS, "num_processes", "base_model_precision", "model_type", "optimizer", "dynamo_backend",
+    (fsdp_rule, (*FSDP_OPTIONS, "num_processes", "base_model_precision", "dynamo_backend",
                  *BUDGET_OPTIONS)),
     (script_rule, ("validation_method", *SCRIPTS)),
     (_warmup, ("max_train_steps", "lr_warmup_steps")),

@@ -35,6 +35,8 @@ class FlatParameters:
 
     is_sharded = False
     """Whether each rank has another part of them."""
+    stream = 0
+    """Of random bits: ranks that have different parts round with different ones, ranks that are alike with the same."""
 
     def __init__(self, named: list[tuple[str, nn.Parameter]]) -> None:
         self.slots: list[Slot] = []

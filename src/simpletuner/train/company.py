@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
+from simpletuner.errors import ExitCode, UserError
 from simpletuner.train.ranks import Ranks
 from simpletuner.train.sharding import ShardedParameters, gather
 from simpletuner.train.update import Update
@@ -32,16 +33,20 @@ _NO_WORD: tuple[str, Any] = ("", None)
 
 
 class Company:
-    """Of one denoiser that is spread. Every rank makes one; rank 0 asks, the others `attend`."""
+    """Of one denoiser that is spread. Every rank makes one; rank 0 asks, the others `attend`.
+
+    Whatever rank 0 asks raises UserError `pass_failed` (69) once it has left the others alone in a forward pass.
+    """
 
     def __init__(self, denoiser: nn.Module, ranks: Ranks) -> None:
         assert isinstance(denoiser, FSDPModule)
         self._denoiser: Any = denoiser
         self._ranks = ranks
         self._update: Update | None = None
+        self._has_failed = False
         if ranks.is_main:
             denoiser.register_forward_pre_hook(self._announce, prepend=True, with_kwargs=True)
-            denoiser.register_forward_hook(self._reshard)
+            denoiser.register_forward_hook(self._reshard, always_call=True)
         # Here, as what is made inside of an inference mode can never be trained with.
         for module in denoiser.modules():
             if isinstance(module, FSDPModule):
@@ -117,6 +122,13 @@ class Company:
         return [(i, buffer) for i, buffer in enumerate(self._update.buffers) if isinstance(buffer, ShardedParameters)]
 
     def _tell(self, name: str, content: Any) -> None:
+        if self._has_failed:
+            raise UserError(
+                "pass_failed",
+                "A forward pass that takes all ranks failed on the first one; the others are still in it.",
+                hint="What went wrong stands before this. The run can go on from its last checkpoint.",
+                exit_code=ExitCode.OUTSIDE,
+            )
         self._ranks.share((name, content))
 
     def _announce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -125,9 +137,12 @@ class Company:
             self._tell("forward", (module.training, content))
 
     def _reshard(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Also called where the pass failed, without an output."""
+        if torch.is_grad_enabled():
+            return
+        self._has_failed = output is None
         # What stays fetched would be taken for the weights of later, too.
-        if not torch.is_grad_enabled():
-            self._denoiser.reshard()
+        self._denoiser.reshard()
 
     @torch.inference_mode()
     def _forward(self, told: tuple[bool, Any]) -> None:

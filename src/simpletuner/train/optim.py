@@ -190,6 +190,10 @@ OPTIMIZERS: Mapping[str, Callable[[FlatParameters, int], Optimizer]] = {
 }
 
 
+_STREAM = 2**32
+"""More than a seed can be."""
+
+
 def build_optimizers(
     name: str, buffers: list[FlatParameters], seed: int, warn: Callable[[str, str], None] | None = None
 ) -> list[Optimizer]:
@@ -197,7 +201,7 @@ def build_optimizers(
 
     `warn` gets code and message where one is slower than it could be.
     """
-    built = [OPTIMIZERS[name](buffer, seed) for buffer in buffers]
+    built = [OPTIMIZERS[name](buffer, seed + buffer.stream * _STREAM) for buffer in buffers]
     reason = next((optimizer.slower_because for optimizer in built if optimizer.slower_because), None)
     if reason and warn is not None:
         message = f"{name} runs as many small operations, not as one compiled kernel, and is slower: {reason}"

@@ -85,14 +85,9 @@ def prepare(
     is_spread = any(buffer.is_sharded for buffer in buffers)
     averages = config.precision.use_ema and (ranks.is_main or is_spread)
     ema = Ema(buffers, config.precision.ema_decay) if averages else None
-    stream = seed + ranks.rank * _RANK if is_spread else seed
-    optimizers = build_optimizers(config.optimizer.optimizer, buffers, stream, reporter.warn)
+    optimizers = build_optimizers(config.optimizer.optimizer, buffers, seed, reporter.warn)
     keeps = config.model.model_type == "lora"
     update = Update(buffers, optimizers, config.optimizer, total_steps, ema, keeps_weights=keeps, ranks=ranks)
     if company is not None:
         company.follow(update)
     return Prepared(trained, update, company)
-
-
-_RANK = 2**32
-"""Parts of the weights are rounded with random bits of their own: a seed has fewer bits than this."""

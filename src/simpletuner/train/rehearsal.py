@@ -25,6 +25,7 @@ from simpletuner.train.buffer import FlatParameters, build_buffers, clip_gradien
 from simpletuner.train.ema import Ema
 from simpletuner.train.libraries import LIBRARIES
 from simpletuner.train.memory import MemoryPlan, Phase
+from simpletuner.train.memory_parts import Parts
 from simpletuner.train.meter import Meter, rehearsal
 from simpletuner.train.optim import OPTIMIZERS, build_optimizers
 from simpletuner.train.trained import prepare_denoiser
@@ -125,6 +126,7 @@ class Rehearsal:
         state_bytes = round(sum(buffer.weights.numel() for buffer in buffers) * (ratio or 0.0))
         weights = sum(parameter.nbytes for parameter in denoiser.parameters() if parameter.requires_grad)
         checkpoint = weights + state_bytes + meter.live_bytes - before_state
+        lasting = meter.live_bytes + state_bytes
         meter.restart()
         self._micro_step(denoiser)
         step = meter.peak_bytes + state_bytes
@@ -133,7 +135,10 @@ class Rehearsal:
         meter.restart()
         save = meter.live_bytes + state_bytes + weights
         caption = sum(tensor.nbytes for tensor in family.longest_caption(denoiser).values())
-        return Training({"step": step, "validation": validation, "save": save}, checkpoint, caption)
+        phases: dict[Phase, int] = {"step": step, "validation": validation, "save": save}
+        if config.fsdp.fsdp_enable:
+            phases = Parts(denoiser, config.fsdp, lasting, config.run.num_processes).phases(phases)
+        return Training(phases, checkpoint, caption)
 
     def attention_calls(self) -> Counter[Call]:
         """Of a micro-step: forward, and what is recomputed."""

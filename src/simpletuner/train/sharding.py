@@ -6,6 +6,7 @@ Sums are taken by FSDP as it reduces: the loss is divided by the number of ranks
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 
 import torch
@@ -24,6 +25,9 @@ from simpletuner.train.ranks import Ranks
 # diffusers' blocks return slices of what they computed, and nobody writes into them.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
+_ROWS = 8
+"""What has no multiple of so many rows stays whole: up to as many ranks it is the same that is cut."""
+
 
 class ShardedParameters(FlatParameters):
     """This rank's rows of parameters that are spread over all; `weights` and `grads` are where FSDP has them too."""
@@ -33,7 +37,7 @@ class ShardedParameters(FlatParameters):
     def __init__(self, named: dict[str, nn.Parameter], denoiser: nn.Module, mesh: DeviceMesh) -> None:
         super().__init__([(name, nn.Parameter(_local(parameter))) for name, parameter in named.items()])
         self.mesh = mesh
-        self.num_ranks = mesh.size()
+        self.stream = mesh.get_local_rank()
         self._shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
         denoiser.load_state_dict(self.spread(self.weights), strict=False, assign=True)
         there = dict(denoiser.named_parameters())
@@ -61,10 +65,11 @@ def shard(denoiser: nn.Module, options: FsdpOptions, ranks: Ranks, device: torch
     mesh = init_device_mesh(device.type, (ranks.count,))
     blocks = _chosen_blocks(denoiser, options.fsdp_transformer_layer_cls_to_wrap)
     is_adapter = any(not parameter.requires_grad for parameter in denoiser.parameters())
+    rows = math.lcm(_ROWS, ranks.count)
     whole = {
         parameter
         for parameter in denoiser.parameters()
-        if parameter.ndim == 0 or parameter.shape[0] % ranks.count or (is_adapter and parameter.requires_grad)
+        if parameter.ndim == 0 or parameter.shape[0] % rows or (is_adapter and parameter.requires_grad)
     }
     again = options.fsdp_reshard_after_forward
     for module in (*blocks, denoiser):
