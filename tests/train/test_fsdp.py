@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from flux_world import KONTEXT, paired_world
 from rank_world import run_ranks
 from safetensors.torch import load_file
 from tiny_world import Hook, Ran, TinyWorld
@@ -167,3 +168,16 @@ def test_a_class_that_is_no_block_of_the_model(shared: TinyWorld, tmp_path: Path
     last = ran.events[-1]["data"]
     assert (last["code"], last["pointer"]) == ("unknown_block_class", "/--fsdp_transformer_layer_cls_to_wrap")
     assert "BasicTransformerBlock" in last["hint"]
+
+
+def test_the_frozen_base_of_kontext_is_spread(tmp_path: Path) -> None:
+    """A LyCORIS adapter over it, with references, drawn and exported."""
+    world = paired_world(tmp_path)
+    options = KONTEXT | DRAWN | {"lora_type": "lycoris", "max_train_steps": 2, "checkpoint_step_interval": 0}
+    runs = [together(world, tmp_path / str(on), **TWO | options, fsdp_enable=on) for on in (False, True)]
+    assert runs[1].losses() == pytest.approx(runs[0].losses(), rel=1e-4)
+    for name, path in whole_files(runs[0]).items():
+        one, other = load_file(path), load_file(whole_files(runs[1])[name])
+        assert one.keys() == other.keys()
+        for key, tensor in one.items():
+            torch.testing.assert_close(other[key], tensor, rtol=1e-2, atol=1e-4, equal_nan=True)
