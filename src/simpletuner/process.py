@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 import signal
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -51,6 +53,17 @@ def _descendants(pid: int) -> list[int]:
     except OSError:
         return []
     return children + [deeper for child in children for deeper in _descendants(child)]
+
+
+@contextmanager
+def nothing_is_garbage() -> Generator[None]:
+    """For imports and what a program builds once: Python would look through all of it again and again, a tenth of a
+    server's start."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def return_freed_memory() -> None:

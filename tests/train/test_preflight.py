@@ -98,7 +98,7 @@ def test_room_is_used_where_nobody_chose_recomputing(
     """The least recomputing that fits; what somebody wrote stays."""
     monkeypatch.setattr("simpletuner.train.rehearsal.held_bytes", lambda: 0)
     world.entries[0] |= {"resolution": 256, "vae_batch_size": 1}
-    data = {"train_batch_size": 32, "validation_disable": True}
+    data = {"train_batch_size": 32, "validation_disable": True, "dynamo_backend": "inductor"}
     full, some, none = (
         look(world, capsys, monkeypatch, int(1e12), **data, **options)["fit"]["predicted_bytes"]
         for options in (

@@ -33,6 +33,10 @@ def _is_full(job: Job) -> bool:
     return job.options["model_type"] == "full"
 
 
+def _has_frozen_base(job: Job) -> bool:
+    return not _is_full(job)
+
+
 TECHNIQUES = (
     Technique("recomputing", {"gradient_checkpointing": True}),
     Technique(
@@ -44,6 +48,10 @@ TECHNIQUES = (
         "fp32, torch's fused optimizer",
         {"base_model_precision": "fp32", "base_model_default_dtype": "fp32", "optimizer": "torch-adamw"},
         is_for=_is_full,
+    ),
+    *(
+        Technique(f"frozen base in {name}", {"base_model_precision": name}, is_for=_has_frozen_base)
+        for name in ("int8-quanto", "int8-torchao")
     ),
 )
 

@@ -9,8 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from simpletuner.cli.words import complete_environments
-from simpletuner.server.run import run_server
-from simpletuner.server.settings import ServerSettings
+from simpletuner.process import nothing_is_garbage
 
 
 def server(
@@ -95,5 +94,8 @@ def server(
         "ssl_certfile": ssl_certfile,
         "ssl_keyfile": ssl_keyfile,
     }
+    with nothing_is_garbage():
+        from simpletuner.server.run import run_server
+        from simpletuner.server.settings import ServerSettings
     run_server(ServerSettings.read(flags, os.environ, Path.cwd()), environment=env)
     return 0

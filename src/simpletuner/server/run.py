@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import os
 import signal
 import socket
@@ -11,11 +12,12 @@ import ssl
 import sys
 import threading
 from collections.abc import Generator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import uvicorn
 
 from simpletuner.errors import ExitCode, UserError
+from simpletuner.process import nothing_is_garbage
 from simpletuner.server.app import create_app
 from simpletuner.server.core import Core
 from simpletuner.server.launch import check_environment, launch_environment
@@ -40,9 +42,13 @@ def run_server(
     if environment is not None:
         check_environment(settings, environment)
     inherited = os.environ if environ is None else environ
-    with _own_state(settings), bind(settings) as listening, closing(Core.build(settings, inherited)) as core:
-        _prepare_tls(settings)
-        server = _Server(settings, core, environment)
+    with _own_state(settings), bind(settings) as listening, ExitStack() as stack:
+        with nothing_is_garbage():
+            core = stack.enter_context(closing(Core.build(settings, inherited)))
+            _prepare_tls(settings)
+            server = _Server(settings, core, environment)
+        # Of what lives as long as the server nothing need be looked at while requests wait.
+        gc.freeze()
         asyncio.run(server.serve(sockets=[listening]))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from simpletuner.errors import ExitCode, UserError
 from simpletuner.events import TrainingStatusData
 from simpletuner.job import JobDir, RankError
-from simpletuner.process import die_with_parent, return_freed_memory
+from simpletuner.process import die_with_parent, nothing_is_garbage, return_freed_memory
 from simpletuner.train.report import Reporter
 from simpletuner.train.requests import Ended, RequestReader, rank_lost
 from simpletuner.train.unused import leave_out
@@ -55,11 +55,12 @@ def _run(
 ) -> ExitCode:
     fail = partial(_fail, job, rank, reporter)
     try:
-        import diffusers
-        import transformers
+        with nothing_is_garbage():
+            import diffusers
+            import transformers
 
-        from simpletuner.train.half_on_cpu import fast_half_products
-        from simpletuner.train.run import execute
+            from simpletuner.train.half_on_cpu import fast_half_products
+            from simpletuner.train.run import execute
 
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()

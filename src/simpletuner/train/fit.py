@@ -174,16 +174,27 @@ class Fitting:
     def _faster(self, phases: dict[Phase, int]) -> tuple[dict[Phase, int], list[_Rung]]:
         """What recomputes the least of all that fits."""
         if self._config.compute.gradient_checkpointing and not any(name in self._written for name in RECOMPUTING):
-            for rung in _LESS_RECOMPUTED:
+            for rung in self._less_recomputed():
                 tried = self._rehearse(self._changed(rung.changes))
                 if self._fits(tried):
                     return tried, [rung]
         return phases, []
 
+    def _less_recomputed(self) -> Iterator[_Rung]:
+        yield _Rung({"gradient_checkpointing": False}, "Nothing is recomputed: a step is about a quarter shorter.")
+        if self._attention_is_dear():
+            yield _Rung(_ATTENTION_KEPT, "Attention is not recomputed: a step is about a tenth shorter.")
+
+    def _attention_is_dear(self) -> bool:
+        """A compiler looks for it once; otherwise each operation of a block is looked at, in Python, each time."""
+        shapes, latent = self._shapes_of(None), self._spec.latent
+        pixels = sum(width * height for width, height in (shapes.trained, *shapes.references))
+        return pixels >= _DEAR * (latent.stride * latent.patch) ** 2 or self._config.compute.dynamo_backend != "no"
+
     def _rungs(self) -> Iterator[_Rung]:
         """From what costs nothing but time to what changes the result."""
         config = self._config
-        if not config.compute.gradient_checkpointing:
+        if not config.compute.gradient_checkpointing and self._attention_is_dear():
             yield _Rung(_ATTENTION_KEPT, "Recomputing all but attention makes a step about a quarter longer.")
         if any(getattr(config.compute, name) != value for name, value in _ALL_RECOMPUTED.items()):
             yield _Rung(_ALL_RECOMPUTED, "Recomputing makes a step about a third longer.")
