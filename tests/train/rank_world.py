@@ -20,6 +20,8 @@ def run_ranks(world: TinyWorld, job: JobDir, hook: Callable[[int, int], Hook] | 
     """What the run told, and the exit code of each rank. `hook` is made for a rank and its process number there."""
     count = job.read_spec().num_processes
     variables = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port())}
+    # A process that was forked from one which has used torch's threads must not use torch in threads of its own.
+    variables["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     forking = multiprocessing.get_context("fork")
 
     def run(rank: int) -> None:

@@ -74,10 +74,8 @@ _ALL_RECOMPUTED: dict[str, Any] = {
 }
 RECOMPUTING = frozenset(_ALL_RECOMPUTED)
 """Options that change nothing but memory and time."""
-_LESS_RECOMPUTED = (
-    _Rung({"gradient_checkpointing": False}, "Nothing is recomputed: a step is about a quarter shorter."),
-    _Rung(_ATTENTION_KEPT, "Attention is not recomputed: a step is about a tenth shorter."),
-)
+_DEAR = 6_000
+"""Latent tokens from which on keeping attention saves more time than it takes to look at each operation for it."""
 
 
 class Fitting:

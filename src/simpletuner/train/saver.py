@@ -110,8 +110,9 @@ class CheckpointSaver:
             saved=saved, failed=failed, started_at=time.monotonic(),
             stage=self._reporter.stage_beside("checkpoint_save", "Saving a checkpoint"),
         )  # fmt: skip
-        if beside_training and not self._failures and self._has_room(update):
-            self._writing = self._thread.submit(self._see_through, save, self._copy(trained, update))
+        may_copy = beside_training and not self._failures and self._has_room(update)
+        if may_copy and (write := self._copy(trained, update)):
+            self._writing = self._thread.submit(self._see_through, save, write)
         else:
             self._see_through(save, lambda folder: _write_now(folder, trained, update))
 
@@ -125,19 +126,18 @@ class CheckpointSaver:
         self._thread.shutdown()
 
     def _has_room(self, update: Update) -> bool:
-        """Parts of several ranks are never copied: all of them write at once."""
-        if any(buffer.is_sharded for buffer in update.buffers):
-            return False
         tensors = [*(buffer.weights for buffer in update.buffers), *update.state_tensors().values()]
         needed = sum(tensor.nbytes for tensor in tensors)
         if tensors[0].device.type == "cpu":
             return needed <= _ON_A_CPU
         return needed <= self._copies.num_bytes or needed <= psutil.virtual_memory().available // _SHARE_OF_FREE
 
-    def _copy(self, trained: Trained, update: Update) -> Callable[[Path], None]:
+    def _copy(self, trained: Trained, update: Update) -> Callable[[Path], None] | None:
         """What writes the copies into a folder."""
         with self._copies.making():
             write_weights = trained.stage(update, self._copies)
+            if write_weights is None:
+                return None
             state = {name: self._copies.keep(name, tensor) for name, tensor in update.state_tensors().items()}
 
         def write(folder: Path) -> None:

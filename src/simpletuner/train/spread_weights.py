@@ -31,8 +31,8 @@ class SpreadWeights(FullWeights):
         self._write(self._company.weights(), self._company.average(), folder)
         self._company.write_parts(folder)
 
-    def stage(self, update: Update, copies: HostCopies) -> Callable[[Path], None]:
-        raise NotImplementedError("parts are written by all ranks at once")
+    def stage(self, update: Update, copies: HostCopies) -> None:
+        """All ranks write at once, and wait for each other."""
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:

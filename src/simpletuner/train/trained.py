@@ -41,8 +41,11 @@ class Trained(Protocol):
         """Into a checkpoint's folder, the moving average too."""
         ...
 
-    def stage(self, update: Update, copies: HostCopies) -> Callable[[Path], None]:
-        """Copy what `save` would write; what is returned writes that, whatever has become of the weights by then."""
+    def stage(self, update: Update, copies: HostCopies) -> Callable[[Path], None] | None:
+        """Copy what `save` would write; what is returned writes that, whatever has become of the weights by then.
+
+        None where only `save` can.
+        """
         ...
 
     def load(self, folder: Path) -> None:
@@ -74,7 +77,7 @@ class FullWeights:
         with update.averaged():
             self._write(self.denoiser.state_dict(), average, folder)
 
-    def stage(self, update: Update, copies: HostCopies) -> Callable[[Path], None]:
+    def stage(self, update: Update, copies: HostCopies) -> Callable[[Path], None] | None:
         with update.averaged():
             flat = [copies.keep(f"saved.{index}", buffer.weights) for index, buffer in enumerate(update.buffers)]
         weights = {name: view for buffer, copy in zip(update.buffers, flat, strict=True)
