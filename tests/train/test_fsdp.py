@@ -38,6 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": {"model_type": "lora"},
     "average": {"use_ema": True, "gradient_checkpointing": False, "gradient_accumulation_steps": 2},
     "fetched once": {
+        "gradient_checkpointing_keeps": "attention",
         "fsdp_reshard_after_forward": False,
         "fsdp_transformer_layer_cls_to_wrap": "BasicTransformerBlock",
     },

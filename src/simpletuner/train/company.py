@@ -65,7 +65,7 @@ class Company:
     def weights(self) -> dict[str, Tensor]:
         """All that the denoiser holds now, whole, in host memory."""
         state: dict[str, Tensor] = self._denoiser.state_dict()
-        found = {name: value for name, value in state.items() if not isinstance(value, DTensor)}
+        found = {name: value.cpu() for name, value in state.items() if not isinstance(value, DTensor)}
         for index, buffer in self._sharded:
             found |= self._gather(index, buffer, average=False)
         return {name: found[name] for name in state}
@@ -75,7 +75,7 @@ class Company:
         assert self._update is not None
         if self._update.ema is None:
             return None
-        found = dict(self._update.ema.named_tensors())
+        found = {name: value.cpu() for name, value in self._update.ema.named_tensors()}
         for index, buffer in self._sharded:
             found |= self._gather(index, buffer, average=True)
         return found
@@ -181,5 +181,7 @@ class Company:
     @contextmanager
     def _average_elsewhere(self) -> Generator[None]:
         self._tell("average", None)
-        yield
-        self._tell("trained", None)
+        try:
+            yield
+        finally:
+            self._tell("trained", None)
