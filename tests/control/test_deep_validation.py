@@ -46,7 +46,8 @@ def test_a_deep_validation_predicts_memory_and_disk(server: InProcess) -> None:
     assert 0 < answer["memory_plan"]["predicted_bytes"] < answer["memory_plan"]["limit_bytes"]
     assert answer["memory_plan"]["message"].startswith("Predicted memory peaks: text ")
     assert answer["disk_plan"]["free_bytes"] > answer["disk_plan"]["checkpoint_bytes"] > 0
-    assert answer["fit"]["fits"] and answer["fit"]["budget_bytes"] == 100e9 and answer["fit"]["settings"] == {}
+    assert answer["fit"]["fits"] and answer["fit"]["budget_bytes"] == 100e9
+    assert answer["fit"]["settings"] == {"--gradient_checkpointing": False}, "there is room, and nobody wrote it"
 
 
 @pytest.mark.long

@@ -58,7 +58,9 @@ def whole_files(ran: Ran) -> dict[str, Path]:
     return {name: path for name, path in files.items() if "parts" not in path.parts and "optimizer" not in name}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["full", "lora", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("average", "fetched once"))]
+)
 def test_spread_or_not_the_result_is_the_same(shared: TinyWorld, tmp_path: Path, kind: str) -> None:
     """In fp32, where sums are taken in another order the last bits differ."""
     options = KINDS[kind]
@@ -80,7 +82,9 @@ def test_spread_or_not_the_result_is_the_same(shared: TinyWorld, tmp_path: Path,
     assert not find_faults(spread.output / "checkpoint-4")
 
 
-@pytest.mark.parametrize("kind", [{"use_ema": True}, BF16], ids=["average", "rounded"])
+@pytest.mark.parametrize(
+    "kind", [{"use_ema": True}, pytest.param(BF16, marks=pytest.mark.long)], ids=["average", "rounded"]
+)
 def test_a_killed_rank_is_no_difference(shared: TinyWorld, tmp_path: Path, kind: dict[str, Any]) -> None:
     """Equal to the byte, and no file of a checkpoint has Python objects in it."""
 
@@ -117,6 +121,7 @@ def content_of(path: Path) -> bytes:
     return data[8 + int.from_bytes(data[:8], "little") :]
 
 
+@pytest.mark.long
 def test_another_number_of_ranks_goes_on(shared: TinyWorld, tmp_path: Path) -> None:
     together(shared, tmp_path / "two", **SPREAD | {"use_ema": True})
     begun = tmp_path / "two"
@@ -134,6 +139,7 @@ def test_another_number_of_ranks_goes_on(shared: TinyWorld, tmp_path: Path) -> N
     assert refused.events[-1]["data"]["pointer"] == "/--fsdp_enable"
 
 
+@pytest.mark.long
 def test_going_back_reaches_every_part(shared: TinyWorld, tmp_path: Path) -> None:
     def hook(rank: int, _: int) -> Hook:
         return lambda count, loss: loss * float("nan") if rank == 1 and count == 4 else loss
@@ -171,6 +177,7 @@ def test_a_class_that_is_no_block_of_the_model(shared: TinyWorld, tmp_path: Path
     assert "BasicTransformerBlock" in last["hint"]
 
 
+@pytest.mark.long
 def test_the_frozen_base_of_kontext_is_spread(tmp_path: Path) -> None:
     """A LyCORIS adapter over it, with references, drawn and exported."""
     world = paired_world(tmp_path)
