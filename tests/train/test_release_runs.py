@@ -10,6 +10,7 @@ import torch
 from flux_world import KONTEXT, paired_world
 from rank_world import run_ranks
 from tiny_world import Hook, Ran, TinyWorld
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.errors import ExitCode
@@ -39,7 +40,7 @@ SHAPES = Shapes(encoded=(2, (64, 64)), trained=(64, 64), references=())
 
 
 def same_end(one: Ran, other: Ran) -> None:
-    """Every file of weights and state of the last checkpoint, byte for byte; losses; norms but for the order of sums."""
+    """Every file of weights and state of the last checkpoint, byte for byte; losses. Norms add up in another order."""
     ends = [ran.output / "checkpoint-6" for ran in (one, other)]
     files = sorted(path.relative_to(ends[0]) for path in ends[0].rglob("*.safetensors"))
     assert len(files) >= 3
@@ -121,15 +122,15 @@ def test_a_loss_that_is_no_number_is_seen(shared: TinyWorld) -> None:
     ids=str,
 )
 def test_a_step_takes_what_was_predicted(shared: TinyWorld, options: dict[str, Any]) -> None:
-    """And less than with all gradients by about their bytes."""
+    """And less than with all gradients by about their bytes; a CPU rounds by way of fp32 copies of a part."""
     config = shared.resolve(**RELEASED | options).require()
     predicted = planned(config)
     assert predicted == pytest.approx(measured(config), rel=0.08)
     kept = planned(shared.resolve(**LONG | options).require())
-    denoiser = build_family(config, load_spec("pixart_sigma")).load_denoiser()
-    gradients = [parameter.nbytes for parameter in denoiser.parameters()]
-    # Backward begins with nothing of them and most activations: what is saved lies between these.
-    assert 0.3 * (sum(gradients) - max(gradients)) < kept - predicted <= sum(gradients)
+    buffers = build_buffers(build_family(config, load_spec("pixart_sigma")).load_denoiser())
+    gradients = sum(buffer.grads.nbytes for buffer in buffers)
+    share = 0.5 if config.optimizer.optimizer == "adamw_bf16" else 0.8
+    assert share * gradients < kept - predicted <= gradients
 
 
 def planned(config: TrainConfig) -> int:
@@ -150,8 +151,6 @@ def measured(config: TrainConfig) -> int:
     average = [buffer.weights.float().clone() for buffer in buffers]
     held = [*update.state_tensors().values(), *average]
     held += [part for parameter in denoiser.parameters() for part in plain_tensors(parameter)]
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     meter = Meter(FakeTensorMode())
     with meter:
         for tensor in held:
