@@ -25,10 +25,11 @@ from simpletuner.data.loader import Batch
 from simpletuner.families.base import Family, build_family
 from simpletuner.families.registry import load_spec
 from simpletuner.families.weights import autocast_dtype
-from simpletuner.train.adamw import ADAMW_BF16, Backend
+from simpletuner.train.adamw import ADAMW_BF16, rounded_adamw
 from simpletuner.train.blocks import blocks_of
 from simpletuner.train.buffer import build_buffers
-from simpletuner.train.optim import ROUNDING_CHUNKS, AdamWStochasticRounding, build_optimizers
+from simpletuner.train.elementwise import CHUNKS, Backend, ElementwiseOptimizer
+from simpletuner.train.optim import build_optimizers
 from simpletuner.train.trained import prepare_denoiser
 from simpletuner.train.update import Update
 
@@ -199,9 +200,9 @@ class Work:
             self._use_rounding(None)
 
     def _use_rounding(self, backend: Backend | None) -> None:
-        chunk = ROUNDING_CHUNKS[self.device.type]
+        chunk, rule = CHUNKS[self.device.type], rounded_adamw(ADAMW_BF16)
         for index, buffer in enumerate(self._update.buffers):
-            optimizer = AdamWStochasticRounding(buffer, ADAMW_BF16, seed=0, chunk=chunk, backend=backend)
+            optimizer = ElementwiseOptimizer(buffer, rule, seed=0, chunk=chunk, backend=backend)
             self._update.optimizers[index] = optimizer
 
     def held_tensors(self) -> list[Tensor]:

@@ -18,6 +18,7 @@ from simpletuner.config.model_options import QUANTISED
 from simpletuner.config.pairing import check_pairs
 from simpletuner.config.prompt import parse_resolutions
 from simpletuner.config.publish_rules import publish_rule, tracker_rule
+from simpletuner.config.release_rule import RELEASE_OPTIONS, in_parts_rule, release_rule
 from simpletuner.config.script import SCRIPTS, script_rule
 from simpletuner.config.situation import Situation, error_about, warning_about
 from simpletuner.config.storage_options import KEYS_OF_TYPE, place_of
@@ -123,6 +124,7 @@ def _optimizer(at: Situation) -> Iterator[Problem]:
             if at.given(option):
                 yield warning_about("option_no_effect", option, f"--{option} has no effect: --optimizer is {name}.")
         yield from parts_rule(at)
+        yield from in_parts_rule(at)
         return
     near = get_close_matches(name, OPTIMIZERS, n=1)
     guess = f"Did you mean {near[0]!r}? " if near else ""
@@ -352,7 +354,8 @@ _RULES: tuple[tuple[Callable[[Situation], Iterator[Problem]], tuple[str, ...]], 
     (flux_rule, ("i_know_what_i_am_doing", "model_flavour", "flux_fast_schedule", "flux_guidance_min",
                  "flux_guidance_max")),
     (reference_rule, ("i_know_what_i_am_doing", "model_flavour", "datasets")),
-    (_optimizer, ("optimizer", "model_type", *FSDP_OPTIONS)),
+    (_optimizer, ("optimizer", "model_type", *FSDP_OPTIONS, "optimizer_release_gradients")),
+    (release_rule, RELEASE_OPTIONS),
     (tracker_rule, ("report_to", *SCRIPTS)),
     (publish_rule, ("push_to_hub", "push_checkpoints_to_hub", "hub_model_id", "publishing_config",
                     "model_type", *SCRIPTS)),

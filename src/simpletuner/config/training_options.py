@@ -80,6 +80,10 @@ class OptimizerOptions(OptionGroup):
     grad_clip_method: Annotated[Literal["norm", "value"], Ui(tab="training", order=18)] = "norm"
     """Clip by the norm over all trained tensors, or each element."""
 
+    optimizer_release_gradients: Annotated[bool, Ui(tab="training", order=19)] = False
+    """Step each tensor in the backward pass, as soon as its gradient is there, and free that: there is never a gradient
+    of the whole model. Without accumulation and clipping by norm (`max_grad_norm` 0, or `grad_clip_method` value)."""
+
 
 class LossOptions(OptionGroup):
     loss_type: Annotated[Literal["l2", "huber", "smooth_l1"], Ui(tab="training", order=30)] = "l2"

@@ -1,30 +1,17 @@
-"""AdamW on bf16 tensors as one elementwise function: run as plain operations, or compiled to one kernel.
-
-No GPU has run the compiled form: it is proven with Inductor's C++ on a CPU. ADR 0025.
-"""
+"""AdamW: on bf16 tensors with every store rounded stochastically, on others by torch's fused kernel. docs/adr/0025."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from simpletuner.train.buffer import Clipping
+from simpletuner.train.buffer import Clipping, FlatParameters
+from simpletuner.train.elementwise import OwnOptimizer, Rule
 from simpletuner.train.rounding import store_rounded
-
-SPAN = 2**30
-"""Elements of one compiled call: their places fit 32 bits, and a counter's period is a multiple of it."""
-
-Backend = Literal["inductor"] | Callable[..., Any]
-"""Of torch.compile."""
-
-Parts = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Weights, gradients, first and second moment, (N,) each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +26,19 @@ class AdamWSettings:
 
 ADAMW_BF16 = AdamWSettings(beta1=0.9, beta2=0.999, epsilon=1e-6, weight_decay=0.01)
 TORCH_ADAMW = AdamWSettings(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.01)
+
+
+def rounded_adamw(settings: AdamWSettings) -> Rule:
+    """AdamW with bf16 weights and moments, arithmetic in fp32, every store rounded stochastically.
+
+    Stochastic rounding keeps the expected value, so updates below bf16's resolution are not lost (arXiv:2010.06192).
+    The random bits are a counter stream of (seed, step, element): equal on every device and after any restart.
+    """
+    return Rule(
+        state=("exp_avg", "exp_avg_sq"),
+        factors=partial(factors_of, settings),
+        change=partial(adamw_with_rounding, settings=settings),
+    )
 
 
 def factors_of(settings: AdamWSettings, rate: float, step: int) -> tuple[float, float, float]:
@@ -64,9 +64,7 @@ def adamw_with_rounding(
     """One step on bf16 tensors, (N,) each, in place: arithmetic in fp32, every store rounded stochastically.
 
     The gradients count times `scale`; where not `finite` nothing changes. `counter` as of `store_rounded`, the next
-    three as of `factors_of`: numbers, or scalar tensors of int32 and fp32, with the same result to the bit. Every
-    operation is elementwise, so that a compiler makes one kernel of them; and in place, so that they are quick one by
-    one on a CPU.
+    three as of `factors_of`. Operations are in place, so that they are quick one by one on a CPU.
     """
     g = grads.float().mul_(scale)
     m = first.float().lerp_(g, 1 - settings.beta1)
@@ -76,33 +74,40 @@ def adamw_with_rounding(
     store_rounded((w, m, v), (weights, first, second), counter, finite)
 
 
-class CompiledAdamW:
-    """`adamw_with_rounding` through torch.compile. What changes from step to step is a tensor: nothing recompiles."""
+class FusedAdamW(OwnOptimizer):
+    """torch's fused kernel on the whole buffer, state in the buffer's type."""
 
-    def __init__(self, settings: AdamWSettings, backend: Backend) -> None:
-        # One kernel needs no pool of compiling processes beside the trainer.
-        options: dict[str, Any] | None = {"compile_threads": 1} if backend == "inductor" else None
-        # fullgraph: a break would mean several kernels, and be found by nobody.
-        self._update = torch.compile(
-            partial(_update, settings=settings), backend=backend, fullgraph=True, options=options
+    def __init__(self, buffer: FlatParameters, settings: AdamWSettings) -> None:
+        super().__init__(buffer)
+        self._settings = settings
+        self._rate = 0.0
+        self.state = {
+            "exp_avg": torch.zeros_like(buffer.weights),
+            "exp_avg_sq": torch.zeros_like(buffer.weights),
+            "steps": torch.zeros((), dtype=torch.float32, device=buffer.weights.device),
+        }
+
+    def begin(self, rate: float, step: int, finite: Tensor | None = None) -> None:
+        self._rate = rate
+        self.state["steps"].add_(1.0 if finite is None else finite)
+
+    @torch.no_grad()
+    def step_part(self, start: int, grads: Tensor, clipping: Clipping) -> None:
+        settings, stop = self._settings, start + len(grads)
+        torch._fused_adamw_(  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType, reportPrivateImportUsage]
+            [self._buffer.weights[start:stop]],
+            [grads],
+            [self.state["exp_avg"][start:stop]],
+            [self.state["exp_avg_sq"][start:stop]],
+            [],
+            [self.state["steps"]],
+            lr=self._rate,
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            weight_decay=settings.weight_decay,
+            eps=settings.epsilon,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=clipping.scale.reciprocal(),
+            found_inf=(~clipping.finite).float(),
         )
-
-    def __call__(self, parts: Parts, clipping: Clipping, counter: int, factors: tuple[float, float, float]) -> None:
-        device = parts[0].device
-        # In fp64 the counter is exact too. Pinned, so that the copy makes nobody wait.
-        numbers = torch.tensor([counter, *factors], dtype=torch.float64, pin_memory=device.type == "cuda")
-        self._update(*parts, clipping.scale, clipping.finite, numbers.to(device, non_blocking=True))
-
-
-def _update(
-    weights: Tensor,
-    grads: Tensor,
-    first: Tensor,
-    second: Tensor,
-    scale: Tensor,
-    finite: Tensor,
-    numbers: Tensor,
-    settings: AdamWSettings,
-) -> None:
-    counter, (decay, rate, correction2) = numbers[0].to(torch.int32), numbers[1:].float().unbind()
-    adamw_with_rounding(weights, grads, first, second, scale, finite, counter, decay, rate, correction2, settings)

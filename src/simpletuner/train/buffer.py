@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-_ALIGNMENT = 32
+ALIGNMENT = 32
 """Elements that each tensor's start is a multiple of, so that vectorised kernels see aligned views."""
 
 
@@ -38,20 +38,22 @@ class FlatParameters:
     stream = 0
     """Of random bits: ranks that have different parts round with different ones, ranks that are alike with the same."""
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]]) -> None:
+    def __init__(self, named: list[tuple[str, nn.Parameter]], *, gradients: bool = True) -> None:
+        """Without `gradients` there is no buffer of them (its length is 0): each parameter gets its own and is rid of
+        it again."""
         self.slots: list[Slot] = []
         start = 0
         for name, parameter in named:
             self.slots.append(Slot(name, start, parameter.shape))
-            start += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+            start += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
         first = named[0][1]
         self.weights = torch.zeros(start, dtype=first.dtype, device=first.device)
-        self.grads = torch.zeros_like(self.weights)
+        self.grads = torch.zeros_like(self.weights) if gradients else self.weights.new_empty(0)
         for slot, (_, parameter) in zip(self.slots, named, strict=True):
             view = self.view(self.weights, slot)
             view.copy_(parameter.detach())
             parameter.data = view
-            parameter.grad = self.view(self.grads, slot)
+            parameter.grad = self.view(self.grads, slot) if gradients else None
 
     @staticmethod
     def view(buffer: Tensor, slot: Slot) -> Tensor:
@@ -73,13 +75,13 @@ class FlatParameters:
         return hashlib.sha256("\n".join([str(self.weights.dtype), *rows]).encode()).hexdigest()
 
 
-def build_buffers(module: nn.Module, without: Container[str] = ()) -> list[FlatParameters]:
+def build_buffers(module: nn.Module, without: Container[str] = (), *, gradients: bool = True) -> list[FlatParameters]:
     """Move the parameters that require gradients into flat buffers, grouped by dtype in order of first appearance."""
     groups: dict[torch.dtype, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and name not in without:
             groups.setdefault(parameter.dtype, []).append((name, parameter))
-    return [FlatParameters(named) for named in groups.values()]
+    return [FlatParameters(named, gradients=gradients) for named in groups.values()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +96,15 @@ class Clipping:
     """Whether the norm is a number; if not, the update must change nothing."""
 
 
+def norm_of(tensors: Iterable[Tensor]) -> Tensor:
+    """2-norm over all of them, fp32, without a host synchronisation."""
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for some in tensors for part in _parts(some)]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
 def _parts(grads: Tensor) -> tuple[Tensor, ...]:
     """On a CPU the norm of bf16 values is taken of an fp32 copy: twice the gradients themselves, if not in parts."""
     return grads.split(_AT_ONCE) if grads.device.type == "cpu" else (grads,)
-
-
-def _norm(buffers: list[FlatParameters]) -> Tensor:
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for some in buffers for part in _parts(some.grads)]
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
 @torch.no_grad()
@@ -117,11 +120,11 @@ def clip_gradients(
     """
     whole = [buffer for buffer in buffers if not buffer.is_sharded]
     if len(whole) == len(buffers):
-        norm = _norm(buffers)
+        norm = norm_of(buffer.grads for buffer in buffers)
     else:
-        squared = _norm([buffer for buffer in buffers if buffer.is_sharded]).square()
+        squared = norm_of(buffer.grads for buffer in buffers if buffer.is_sharded).square()
         add_up([squared])
-        norm = (squared + _norm(whole).square() if whole else squared).sqrt()
+        norm = (squared + norm_of(buffer.grads for buffer in whole).square() if whole else squared).sqrt()
     scale = (limit / norm).clamp(max=1.0) if limit and method == "norm" else torch.ones_like(norm)
     if limit and method == "value":
         for buffer in buffers:

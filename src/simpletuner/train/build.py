@@ -181,6 +181,7 @@ class _Builder:
             self._sentinel = Sentinel(
                 state.quarantine, reporter, lambda name: self._job.artifacts / f"ledger-{name}.jsonl", self._timesteps,
                 action=config.checkpoint.nonfinite_action, adapter=trained.adapter_name,
+                in_parts=config.optimizer.optimizer_release_gradients,
             )  # fmt: skip
             metrics = Metrics(reporter.emit, file, self._total, self._device, self._sentinel.see, trackers.log)
             saver = CheckpointSaver(

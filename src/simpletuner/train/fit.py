@@ -197,7 +197,9 @@ class Fitting:
         if any(getattr(config.compute, name) != value for name, value in _ALL_RECOMPUTED.items()):
             yield _Rung(_ALL_RECOMPUTED, "Recomputing makes a step about a third longer.")
         batch, accumulation = config.run.train_batch_size, config.run.gradient_accumulation_steps
-        for smaller in (part for part in range(batch - 1, 0, -1) if batch % part == 0):
+        # Gradients that are released at once cannot be accumulated.
+        smallest = batch if config.optimizer.optimizer_release_gradients else 1
+        for smaller in (part for part in range(batch - 1, smallest - 1, -1) if batch % part == 0):
             yield _Rung(
                 {"train_batch_size": smaller, "gradient_accumulation_steps": accumulation * batch // smaller},
                 "Smaller micro-batches, accumulated: the same mathematics, somewhat slower.",

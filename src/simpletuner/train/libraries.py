@@ -131,7 +131,6 @@ def _bitsandbytes() -> Iterator[tuple[str, Library]]:
 
 
 LIBRARIES: Mapping[str, Library] = {
-    "optimi-lion": _optimi("Lion", betas=(0.9, 0.99), weight_decay=0.0),
     "optimi-stableadamw": _optimi("StableAdamW", views=True, clips=False),
     "optimi-adamw": _optimi("AdamW"),
     "optimi-adam": _optimi("Adam"),

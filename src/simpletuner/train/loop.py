@@ -65,6 +65,7 @@ def train(run: Run) -> Outcome:
         with torch.autocast(device.type, run.autocast, enabled=run.autocast is not None):
             predicted = run.family.predict(run.denoiser, noised.latents_BCHW, noised.t_B, batch)
         loss = run.loss(predicted, noised, batch.mask_BHW) / (run.accumulation * ranks.count)
+        run.update.begin(state.step)
         loss.backward()
         total_loss += loss.detach()
         used.append(Used(batch.members, batch.latents_BCHW.shape, count))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from simpletuner.config.train_config import TrainConfig
 from simpletuner.families.base import Family
+from simpletuner.train.backward_update import BackwardUpdate
 from simpletuner.train.buffer import build_buffers
 from simpletuner.train.ema import Ema
 from simpletuner.train.optim import build_optimizers
@@ -81,13 +83,14 @@ def prepare(
         if adapter is None:
             trained = SpreadWeights(family, denoiser, probe, kind, company)
     else:
-        buffers = build_buffers(denoiser)
+        buffers = build_buffers(denoiser, gradients=not config.optimizer.optimizer_release_gradients)
     is_spread = any(buffer.is_sharded for buffer in buffers)
     averages = config.precision.use_ema and (ranks.is_main or is_spread)
     ema = Ema(buffers, config.precision.ema_decay) if averages else None
     optimizers = build_optimizers(config.optimizer.optimizer, buffers, seed, reporter.warn)
     keeps = config.model.model_type == "lora"
-    update = Update(buffers, optimizers, config.optimizer, total_steps, ema, keeps_weights=keeps, ranks=ranks)
+    make = partial(BackwardUpdate, denoiser) if config.optimizer.optimizer_release_gradients else Update
+    update = make(buffers, optimizers, config.optimizer, total_steps, ema, keeps_weights=keeps, ranks=ranks)
     if company is not None:
         company.follow(update)
     return Prepared(trained, update, company)

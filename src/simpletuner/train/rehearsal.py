@@ -21,6 +21,7 @@ from simpletuner.families.base import build_family
 from simpletuner.families.spec import FamilySpec
 from simpletuner.families.weights import autocast_dtype, weight_dtype
 from simpletuner.train.attention import Call, Calls
+from simpletuner.train.backward_update import BackwardUpdate
 from simpletuner.train.buffer import FlatParameters, build_buffers, clip_gradients
 from simpletuner.train.ema import Ema
 from simpletuner.train.libraries import LIBRARIES
@@ -117,12 +118,16 @@ class Rehearsal:
         config, family = self._config, self._family
         denoiser = family.load_denoiser()
         prepare_denoiser(denoiser, config, family.spec, compiles=False)
-        buffers = build_buffers(denoiser)
+        released = config.optimizer.optimizer_release_gradients
+        buffers = build_buffers(denoiser, gradients=not released)
         before_state = meter.live_bytes
         # State that is alive as long as this list.
         kept: list[Any] = [Ema(buffers, config.precision.ema_decay)] if config.precision.use_ema else []
         if ratio is None:
-            kept += build_optimizers(config.optimizer.optimizer, buffers, 0)
+            optimizers = build_optimizers(config.optimizer.optimizer, buffers, 0)
+            kept += optimizers
+            if released:
+                BackwardUpdate(denoiser, buffers, optimizers, config.optimizer, 1, None).begin(0)
         state_bytes = round(sum(buffer.weights.numel() for buffer in buffers) * (ratio or 0.0))
         weights = sum(parameter.nbytes for parameter in denoiser.parameters() if parameter.requires_grad)
         checkpoint = weights + state_bytes + meter.live_bytes - before_state

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,16 +16,26 @@ _FIRST, _SECOND, _THIRD = -2048144789, -1028477387, -1640531535
 """Odd multipliers: the finaliser of MurmurHash3 and the golden ratio, as signed 32-bit integers."""
 
 
-def first_counters(seed: int, step: int, chunk: int, count: int) -> list[int]:
-    """Of the first element of each of `count` chunks of a buffer, as signed 32-bit integers; in a chunk they count on.
+def first_counters(seed: int, step: int, starts: Sequence[int]) -> list[int]:
+    """Of the elements with these places in a buffer, as signed 32-bit integers; from there they count on.
 
-    `chunk`: elements of each, a divisor of `COUNTERS`.
+    Up to the next multiple of `COUNTERS`, so that what is rounded at once must not go beyond it.
     """
-    starts = range(0, chunk * count, COUNTERS)
-    # The first key is that of checkpoints from before buffers could be so long.
-    keys = [key_seed("rounding", seed, step, *([start // COUNTERS] if start else [])) & 0x7FFFFFFF for start in starts]
     half = COUNTERS // 2
-    return [(keys[at // COUNTERS] + at + half) % COUNTERS - half for at in range(0, chunk * count, chunk)]
+    keys: dict[int, int] = {}
+    for word in sorted({start // COUNTERS for start in starts}):
+        # The first key is that of checkpoints from before buffers could be so long.
+        keys[word] = key_seed("rounding", seed, step, *([word] if word else [])) & 0x7FFFFFFF
+    return [(keys[start // COUNTERS] + start + half) % COUNTERS - half for start in starts]
+
+
+def nearest(value: Tensor) -> Tensor:
+    """Of fp32 values the nearest that bf16 can hold, in fp32; halves to even.
+
+    By its bits: a compiler may leave out the way to bf16 and back as if it changed nothing.
+    """
+    bits = value.view(torch.int32)
+    return (((bits >> 16) & 1).add_(0x7FFF).add_(bits).bitwise_and_(-65536)).view(torch.float32)
 
 
 def store_rounded(

@@ -70,14 +70,19 @@ class Sentinel:
         *,
         action: NonfiniteAction = "skip",
         adapter: str | None = None,
+        in_parts: bool = False,
     ) -> None:
-        """`ledger` gives the file of a dataset's ledger; `adapter` describes it, where one is trained."""
+        """`ledger` gives the file of a dataset's ledger; `adapter` describes it, where one is trained.
+
+        `in_parts`: of a step that goes wrong only those weights stay as they are whose gradients are no numbers.
+        """
         self._quarantine = quarantine
         self._reporter = reporter
         self._ledger = ledger
         self._timesteps = timesteps
         self._action = action
         self._adapter = adapter
+        self._what = "left weights as they were whose gradient is no number" if in_parts else "was skipped"
         self._skipped: deque[bool] = deque(maxlen=100)
         self._zeros = 0
         self._rollbacks = 0
@@ -138,7 +143,7 @@ class Sentinel:
         names = ", ".join(judged.samples)
         self._reporter.warn(
             "nonfinite_step",
-            f"Step {judged.step} was skipped: loss {judged.loss}, gradient norm {judged.norm}. Samples: {names}.",
+            f"Step {judged.step} {self._what}: loss {judged.loss}, gradient norm {judged.norm}. Samples: {names}.",
             step=judged.step,
             samples=judged.samples,
             captions=[caption for micro in judged.used for caption in micro.members.captions],

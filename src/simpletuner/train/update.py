@@ -57,6 +57,9 @@ class Update:
         """Those that are of this rank's samples alone; the others FSDP has added up."""
         return [buffer.grads for buffer in self.buffers if not buffer.is_sharded]
 
+    def begin(self, step: int) -> None:
+        """Before the backward pass of the 0-based optimizer step."""
+
     def apply(self, step: int) -> Tensor:
         """Perform the 0-based optimizer step; returns the unclipped gradient norm, fp32 scalar on the device."""
         limit = self._options.max_grad_norm if self.optimizers[0].clips else 0.0
