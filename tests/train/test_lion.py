@@ -23,6 +23,12 @@ from simpletuner.train.rounding import nearest
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
+@pytest.fixture(autouse=True)
+def compiles_anew() -> None:
+    """Torch compiles one function so often in a process and no more; each test asks it to."""
+    torch.compiler.reset()
+
+
 def noise(seed: int, size: int, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(size, generator=torch.Generator().manual_seed(seed))
 

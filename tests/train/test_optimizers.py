@@ -41,6 +41,12 @@ EXTRAS = {
 """Libraries that an installation may do without."""
 
 
+@pytest.fixture(autouse=True)
+def compiles_anew() -> None:
+    """Torch compiles one function so often in a process and no more; each test asks it to."""
+    torch.compiler.reset()
+
+
 def build_optimizers(name: str, buffers: list[FlatParameters], seed: int) -> list[Optimizer]:
     if (extra := EXTRAS.get(name.split("-")[0])) is not None:
         pytest.importorskip(extra)

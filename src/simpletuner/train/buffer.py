@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ ALIGNMENT = 32
 
 
 _AT_ONCE = 1 << 24
+_GRADS = attrgetter("grads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +122,11 @@ def clip_gradients(
     """
     whole = [buffer for buffer in buffers if not buffer.is_sharded]
     if len(whole) == len(buffers):
-        norm = norm_of(buffer.grads for buffer in buffers)
+        norm = norm_of(map(_GRADS, buffers))
     else:
         squared = norm_of(buffer.grads for buffer in buffers if buffer.is_sharded).square()
         add_up([squared])
-        norm = (squared + norm_of(buffer.grads for buffer in whole).square() if whole else squared).sqrt()
+        norm = (squared + norm_of(map(_GRADS, whole)).square() if whole else squared).sqrt()
     scale = (limit / norm).clamp(max=1.0) if limit and method == "norm" else torch.ones_like(norm)
     if limit and method == "value":
         for buffer in buffers:

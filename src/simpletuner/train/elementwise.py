@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from operator import sub
 from typing import Any, Literal
 
 import torch
@@ -111,7 +111,7 @@ class ElementwiseOptimizer(OwnOptimizer):
         size, stop = SPAN if compiled else self._chunk, start + len(grads)
         # At multiples of the size wherever a part begins: nothing goes beyond a counter's period.
         edges = [start, *range((start // size + 1) * size, stop, size), stop]
-        sizes = [high - low for low, high in pairwise(edges)]
+        sizes = list(map(sub, edges[1:], edges))
         changed = [tensor[start:stop].split(sizes) for tensor in (self._buffer.weights, *self.state.values())]
         counters = first_counters(self._seed, self._step, edges[:-1])
         for counter, grad, weights, *state in zip(counters, grads.split(sizes), *changed, strict=True):

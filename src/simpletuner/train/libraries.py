@@ -99,9 +99,8 @@ def _lacks_for_bitsandbytes(device: torch.device) -> str | None:
     )
 
 
-def _optimi(attribute: str, *, views: bool = False, clips: bool = True, **settings: Any) -> Library:
-    make = _one("optimi", attribute, **settings)
-    return Library(make=make, install="pip install torch-optimi", views=views, clips=clips)
+def _optimi(attribute: str, *, views: bool = False, clips: bool = True) -> Library:
+    return Library(make=_one("optimi", attribute), install="pip install torch-optimi", views=views, clips=clips)
 
 
 def _torchao(attribute: str, lacks: Callable[[torch.device], str | None] = _lacks_for_compiling) -> Library:

@@ -21,7 +21,6 @@ from simpletuner.families.base import build_family
 from simpletuner.families.spec import FamilySpec
 from simpletuner.families.weights import autocast_dtype, weight_dtype
 from simpletuner.train.attention import Call, Calls
-from simpletuner.train.backward_update import BackwardUpdate
 from simpletuner.train.buffer import FlatParameters, build_buffers, clip_gradients
 from simpletuner.train.ema import Ema
 from simpletuner.train.libraries import LIBRARIES
@@ -124,10 +123,12 @@ class Rehearsal:
         # State that is alive as long as this list.
         kept: list[Any] = [Ema(buffers, config.precision.ema_decay)] if config.precision.use_ema else []
         if ratio is None:
-            optimizers = build_optimizers(config.optimizer.optimizer, buffers, 0)
-            kept += optimizers
-            if released:
-                BackwardUpdate(denoiser, buffers, optimizers, config.optimizer, 1, None).begin(0)
+            kept += build_optimizers(config.optimizer.optimizer, buffers, 0)
+        if released:
+            for parameter in denoiser.parameters():
+                if parameter.requires_grad:
+                    # The arithmetic of a step is seconds of shapes, and takes no memory worth the name.
+                    parameter.register_post_accumulate_grad_hook(_release)
         state_bytes = round(sum(buffer.weights.numel() for buffer in buffers) * (ratio or 0.0))
         weights = sum(parameter.nbytes for parameter in denoiser.parameters() if parameter.requires_grad)
         checkpoint = weights + state_bytes + meter.live_bytes - before_state
@@ -195,6 +196,10 @@ class Rehearsal:
     def _latent(self, count: int, size: Size) -> Tensor:
         stride = self._family.spec.latent.stride
         return torch.zeros(count, self._channels, size[1] // stride, size[0] // stride)
+
+
+def _release(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def plan_memory(

@@ -23,10 +23,14 @@ def first_counters(seed: int, step: int, starts: Sequence[int]) -> list[int]:
     """
     half = COUNTERS // 2
     keys: dict[int, int] = {}
-    for word in sorted({start // COUNTERS for start in starts}):
-        # The first key is that of checkpoints from before buffers could be so long.
-        keys[word] = key_seed("rounding", seed, step, *([word] if word else [])) & 0x7FFFFFFF
-    return [(keys[start // COUNTERS] + start + half) % COUNTERS - half for start in starts]
+    counters: list[int] = []
+    for start in starts:
+        word = start // COUNTERS
+        if word not in keys:
+            # The first key is that of checkpoints from before buffers could be so long.
+            keys[word] = key_seed("rounding", seed, step, *([word] if word else [])) & 0x7FFFFFFF
+        counters.append((keys[word] + start + half) % COUNTERS - half)
+    return counters
 
 
 def nearest(value: Tensor) -> Tensor:
