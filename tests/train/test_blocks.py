@@ -85,7 +85,7 @@ def test_blocks_run_as_often_as_asked(works: Works, way: str, runs: float) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", [PIXART, pytest.param(FLUX, marks=pytest.mark.long)], ids=["PixArt", "Flux"])
-@pytest.mark.parametrize("way", ["kept", "attention kept"])
+@pytest.mark.parametrize("way", [pytest.param("kept", marks=pytest.mark.long), "attention kept"])
 def test_compiled_blocks_compute_the_same(works: Works, job: Job, way: str) -> None:
     forced = {"attention_mechanism": "flash"} if way == "kept" else {}
     fp32 = (

@@ -59,7 +59,7 @@ def whole_files(ran: Ran) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["full", "lora", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("average", "fetched once"))]
+    "kind", ["full", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("lora", "average", "fetched once"))]
 )
 def test_spread_or_not_the_result_is_the_same(shared: TinyWorld, tmp_path: Path, kind: str) -> None:
     """In fp32, where sums are taken in another order the last bits differ."""

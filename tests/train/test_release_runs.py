@@ -79,6 +79,7 @@ def test_checkpoints_are_those_of_other_runs_and_go_on_in_them(shared: TinyWorld
         shutil.rmtree(ran.output)
 
 
+@pytest.mark.long
 def test_an_adapters_run_is_the_same(tmp_path_factory: pytest.TempPathFactory) -> None:
     world = paired_world(tmp_path_factory.mktemp("pairs"))
     adapter = KONTEXT | {"model_type": "lora"}
@@ -160,6 +161,7 @@ def measured(config: TrainConfig) -> int:
     return meter.peak_bytes
 
 
+@pytest.mark.long
 def test_a_smaller_batch_that_is_accumulated_is_not_proposed(shared: TinyWorld) -> None:
     spec = load_spec("pixart_sigma")
     for released in (False, True):
