@@ -7,7 +7,7 @@ docs/adr/0033.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,7 +125,6 @@ def _compiled(run: RunBlock, options: ComputeOptions) -> RunBlock:
         dynamic=options.dynamo_dynamic or None,
     )
 
-    @wraps(call)
     def checked(block: nn.Module, *inputs: Any) -> Any:
         try:
             return compiled(block, *inputs)
